@@ -33,12 +33,16 @@ STOP, LENGTH = 0, 1  # finish reasons: a stop token was drawn; the token budget 
 
 @dataclass(frozen=True)
 class Requests:
-    """R requests: attend to trunk[:cut], feed `forced` (-1: none), sample to the end. `id` seeds the draws."""
+    """R requests: attend to trunk[:cut], feed `forced` (-1: none), sample to the end. `id` seeds the draws.
+
+    `limit` bounds the tokens drawn per request, under the run's max_tokens; None: max_tokens for all.
+    """
 
     trunk: Int[np.ndarray, " R"]
     cut: Int[np.ndarray, " R"]
     forced: Int[np.ndarray, " R"]
     id: Int[np.ndarray, " R"]
+    limit: Int[np.ndarray, " R"] | None = None
 
     def __len__(self) -> int:
         return len(self.trunk)
@@ -128,6 +132,8 @@ class Engine:
         if wrong.any():
             cut, most = requests.cut[wrong][0], min(lengths[wrong][0], context - 1)
             raise InputError(f"requests: found cut {cut}, expected 1 to {most} (trunk and context {context})")
+        if requests.limit is not None and requests.limit.min() < 1:
+            raise InputError(f"requests: found limit {requests.limit.min()}, expected at least 1 token to draw")
         if requests.forced.max() >= vocabulary:
             raise InputError(f"requests: found forced token {requests.forced.max()}, expected under {vocabulary}")
 
@@ -205,6 +211,8 @@ class Engine:
             start[group, :n] = np.where(forced >= 0, cut, cut - 1)
             first[group, :n] = np.where(forced >= 0, forced, trunk[cut - 1])
             limit[group, :n] = np.minimum(sampling.max_tokens, self.config.max_positions - start[group, :n] - 1)
+            if requests.limit is not None:
+                limit[group, :n] = np.minimum(limit[group, :n], requests.limit[members])
             identity[group, :n], count[group] = requests.id[members], n
         return Queue(start, first, limit, identity, count)
 

@@ -1,0 +1,36 @@
+"""The pipeline of paper A: from questions to alignment, resumable piece by piece.
+
+Phase 1, shared by all teachers: demonstrations, initial rollouts, representative paths, what each model watches on
+them, targets from every teacher, enrichment. Phase 2, per teacher: success estimates and node records. Each stage
+works through the questions and commits one piece a question, so that a killed run loses at most the piece in flight.
+"""
+
+from jaxopd.diagnose.config import DiagnoseConfig
+from jaxopd.diagnose.demonstrations import demonstrate, summarize
+from jaxopd.diagnose.launches import enrich, find_truth, roll_out
+from jaxopd.diagnose.nodes import included, reward, score, watch
+from jaxopd.diagnose.session import Progress, Session
+from jaxopd.diagnose.tables import record
+from jaxopd.runs import RunFolder
+
+__all__ = ["DiagnoseConfig", "diagnose"]
+
+
+def diagnose(config: DiagnoseConfig, out: str, progress: Progress = lambda stage, done, total: None) -> RunFolder:
+    """Runs, or resumes, a whole diagnosis into the folder `out` and gives that folder.
+
+    Raises InputError, before anything is written, on input that cannot work.
+    """
+    session = Session(config, out, progress)
+    demonstrate(session)
+    summarize(session)
+    roll_out(session)
+    watch(session)
+    chosen = included(session)
+    score(session, chosen)
+    enrich(session, chosen)
+    reward(session, chosen)
+    if config.truth_rollouts:
+        find_truth(session, chosen)
+    record(session)
+    return session.run

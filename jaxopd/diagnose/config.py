@@ -1,0 +1,67 @@
+"""What a diagnosis measures and with which budgets."""
+
+import dataclasses
+
+from jaxopd.errors import InputError
+
+WATCHED = 64  # tokens a model can watch at a node; above tau = .02 there are at most 50
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnoseConfig:
+    """What is measured, and with which budgets; the defaults are paper A's."""
+
+    student: str
+    """Hugging Face folder or hub id of the student."""
+    teacher: tuple[str, ...]
+    """NAME=path/to/model, or NAME=self:KIND with KIND of 1c, 3c, 1c1w, sum1c, sum1c1w, and @large where the
+    demonstration comes from the larger model."""
+    task: str
+    """boolq, mmlu, math or toy."""
+    questions: str
+    """File (or MMLU folder) of questions."""
+    large: str | None = None
+    """The larger model: writes summaries and @large demonstrations."""
+    demonstrations: str | None = None
+    """JSONL file of demonstrations; sampled and graded where absent."""
+    limit: int | None = None
+    """Number of questions, from the start of the file; all by default."""
+    rollouts: int = 200
+    """G, initial rollouts a question."""
+    paths: int = 2
+    """Representative paths of each outcome, correct and incorrect."""
+    tau: float = 0.02
+    """Probability from which student or teacher makes a token a candidate."""
+    by_gradient: int = 10
+    """Targets a depth window and teacher by |P (l - lbar)|."""
+    by_difference: int = 10
+    """Targets a depth window and teacher by |Q - P|."""
+    n_min: int = 100
+    """Visits to which targets are raised."""
+    n_sig: int = 20
+    """Visits from which a token counts."""
+    max_tokens: int = 512
+    """Response length limit, tokens."""
+    demonstration_trials: int = 60
+    """Samples tried for demonstrations, a question and model."""
+    demonstration_temperature: float = 0.7
+    """Sampling temperature of demonstrations."""
+    truth_rollouts: int = 0
+    """Launches a node for the near-exact oracle (small models only); 0 for none."""
+    thinking: bool | None = None
+    """enable_thinking of the chat template; None leaves its default."""
+    dtype: str = "float32"
+    """Parameters and activations: float32 or bfloat16."""
+    slots: int = 256
+    """Sequences decoded at once."""
+    seed: int = 0
+    """Seed of every draw."""
+
+    def __post_init__(self) -> None:
+        for name in ("rollouts", "paths", "n_min", "n_sig", "max_tokens", "demonstration_trials", "slots"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
+        if not 0.02 <= self.tau < 1:
+            raise InputError(f"tau: found {self.tau}, expected .02 to 1 (a model can watch {WATCHED} tokens a node)")
+        if not self.teacher:
+            raise InputError("--teacher: found none, expected at least one NAME=path/to/model or NAME=self:KIND")

@@ -1,0 +1,119 @@
+"""Rollouts of a diagnosis: the initial ones, the targeted ones that enrich the tree, and the oracle's."""
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxopd.diagnose.nodes import path_tree, student_log_probs, teacher_scores
+from jaxopd.diagnose.session import Session
+from jaxopd.gradients import logit_gradient
+from jaxopd.rollouts import Requests
+from jaxopd.tree import (
+    Counts,
+    PathTree,
+    SuccessEstimate,
+    Targets,
+    count,
+    exit_targets,
+    paper_targets,
+    success_estimates,
+    walk,
+)
+
+TRUTH_FLOOR = 1e-4  # probability from which the oracle launches a token by itself
+
+
+def roll_out(session: Session) -> None:
+    """Samples the G initial rollouts of each question and grades them."""
+    for index, piece in session.pieces("rollouts"):
+        prompt = session.prompts[index]
+        requests = Requests.continuations([prompt], session.config.rollouts)
+        rolled = session.engine(session.config.student).run([prompt], requests, session.sampling("rollouts", index))
+        arrays = {name: getattr(rolled, name) for name in ("tokens", "raw_logp", "sampling_logp", "finish")}
+        arrays["grade"] = session.grades(rolled.tokens, session.questions[index].gold)
+        session.run.save(piece, arrays)
+
+
+def enrich(session: Session, chosen: list[int]) -> None:
+    """Launches targeted rollouts where the teachers disagree most with the student."""
+    config = session.config
+    for index, piece in session.pieces("enrichment", chosen):
+        tree = path_tree(session, index)
+        visits = rollout_counts(tree, session.run.load(f"rollouts/{index:05d}")[0]).pooled[:, :-1]
+        teachers, p = {}, np.zeros(tree.candidates.shape)
+        for name in session.teachers:
+            scores = teacher_scores(session, name, index)
+            f, fbar = scores.known["reverse_kl"]
+            p = np.exp(scores.log_p)
+            teachers[name] = np.exp(scores.log_q), np.asarray(logit_gradient(scores.log_p, f, fbar))
+        budgets = {"by_gradient": config.by_gradient, "by_difference": config.by_difference, "n_min": config.n_min}
+        targets = paper_targets(tree, p, teachers, visits, tau=config.tau, **budgets)
+        session.run.save(piece, launch(session, index, tree, targets, "enrichment"))
+
+
+def launch(session: Session, index: int, tree: PathTree, targets: Targets, stage: str) -> dict[str, np.ndarray]:
+    """Runs targeted rollouts and grades them; gives whole responses, their grades and launch depths."""
+    prompt, limit, number = session.prompts[index], session.config.max_tokens, targets.number
+    path, depth, token = (np.repeat(x, number) for x in (targets.path, targets.depth, targets.token))
+    R = len(path)
+    given = np.full((len(tree.length), limit), -1)
+    given[:, : tree.tokens.shape[1]] = tree.tokens
+    responses = np.where(np.arange(limit)[None] < depth[:, None], given[path], -1).astype(np.int32)
+    responses[np.arange(R), depth] = token
+    # After a forced stop token, or one at the limit, there is nothing to sample.
+    alive = np.flatnonzero(~np.isin(token, session.stop_ids) & (depth + 1 < limit))
+    if len(alive):
+        trunks = [np.concatenate([prompt, tree.tokens[a, :n]]) for a, n in enumerate(tree.length)]
+        cut, left = len(prompt) + depth[alive], limit - depth[alive] - 1
+        requests = Requests(path[alive], cut, token[alive], alive, limit=left)
+        rolled = session.engine(session.config.student).run(trunks, requests, session.sampling(stage, index))
+        row, step = np.nonzero(rolled.tokens >= 0)
+        responses[alive[row], depth[alive][row] + 1 + step] = rolled.tokens[row, step]
+    width = max(1, int((responses >= 0).sum(1).max(initial=1)))
+    responses = responses[:, :width]
+    grade = session.grades(responses, session.questions[index].gold)
+    return {"tokens": responses, "grade": grade, "launch": depth.astype(np.int64) + 1}
+
+
+def rollout_counts(tree: PathTree, *parts: dict[str, np.ndarray]) -> Counts:
+    """Counts visits and successes over initial (launch 0) and targeted rollouts together."""
+    width = max(part["tokens"].shape[1] for part in parts)
+    tokens = [np.pad(p["tokens"], ((0, 0), (0, width - p["tokens"].shape[1])), constant_values=-1) for p in parts]
+    success = np.concatenate([part["grade"] == 1 for part in parts])
+    launched = [part.get("launch", np.zeros(len(part["grade"]), np.int64)) for part in parts]
+    return count(tree, walk(tree, np.concatenate(tokens)), success, np.concatenate(launched))
+
+
+def find_truth(session: Session, chosen: list[int]) -> None:
+    """Launches the oracle's rollouts at every exit of the paths, in proportion to the student's probability."""
+    for index, piece in session.pieces("truth", chosen):
+        tree = path_tree(session, index, TRUTH_FLOOR)
+        p = np.exp(student_log_probs(session, index, tree))
+        coarse = path_tree(session, index)
+        counted = (tree.candidates[:, :, None] == coarse.candidates[:, None, :]).any(-1)
+        least = np.where(counted, session.config.truth_rollouts // 4, 1)
+        targets = exit_targets(tree, p, at_least=least, per_node=session.config.truth_rollouts)
+        session.run.save(piece, launch(session, index, tree, targets, "truth"))
+
+
+def true_success(session: Session, index: int, tree: PathTree, *parts: dict[str, np.ndarray]) -> SuccessEstimate:
+    """Estimates success with the oracle's rollouts too, on its finer tree, at the candidates of `tree`."""
+    fine = path_tree(session, index, TRUTH_FLOOR)
+    oracle, _ = session.run.load(f"truth/{index:05d}")
+    p = np.exp(student_log_probs(session, index, fine))
+    estimate = success_estimates(fine, rollout_counts(fine, *parts, oracle), p, "bellman")
+    slot = (tree.candidates[:, :, None] == fine.candidates[:, None, :]).argmax(-1)
+
+    def at_candidates(values: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+        return np.where(tree.candidates >= 0, np.take_along_axis(values, slot, 1), np.nan)
+
+    fields = (at_candidates(getattr(estimate, name)) for name in ("value", "se", "low", "high"))
+    return SuccessEstimate(*fields)
+
+
+
+
+def response_parts(session: Session, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Gives the (responses, grades) of every rollout of a question: initial, targeted, and the oracle's if any."""
+    stages = [stage for stage in ("rollouts", "enrichment", "truth") if session.run.done(f"{stage}/{index:05d}")]
+    arrays = [session.run.load(f"{stage}/{index:05d}")[0] for stage in stages]
+    return [(found["tokens"], found["grade"]) for found in arrays]

@@ -1,0 +1,103 @@
+"""What every stage of a diagnosis shares: questions, models, prompts, grading and the run folder."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxopd.diagnose.config import DiagnoseConfig
+from jaxopd.errors import InputError
+from jaxopd.models import Qwen, chat_tokens, check_vocabulary, load_model, load_tokenizer, stop_token_ids
+from jaxopd.rollouts import Engine, Sampling
+from jaxopd.runs import RunFolder
+from jaxopd.tasks import find_task
+from jaxopd.tasks.contexts import TeacherSpec, parse_teachers
+from jaxopd.tasks.demonstrations import load_demonstrations
+from jaxopd.types import Question
+
+Progress = Callable[[str, int, int], None]  # stage, pieces done, pieces in all
+
+
+class Session:
+    """One run. Everything that can be wrong with the input is found here, before the first byte is written."""
+
+    def __init__(self, config: DiagnoseConfig, out: str, progress: Progress):
+        self.config, self.progress = config, progress
+        self.teachers = {spec.name: spec for spec in parse_teachers(config.teacher)}
+        self.task = find_task(config.task)
+        self.questions: list[Question] = self.task.load(config.questions)[: config.limit]
+        self.given = load_demonstrations(config.demonstrations) if config.demonstrations else None
+        needs_large = [spec.name for spec in self.teachers.values() if spec.summarized or spec.source == "large"]
+        if needs_large and config.large is None and self.given is None:
+            raise InputError(f"--large: found none, expected a model: teacher {needs_large[0]} needs one")
+        self._models: dict[str, Qwen] = {}
+        self._engines: dict[str, Engine] = {}
+        self.student = self.model(config.student)
+        self.tokenizer = load_tokenizer(config.student)
+        check_vocabulary(self.tokenizer, self.student.config, config.student)
+        self.stop_ids = stop_token_ids(self.tokenizer, self.student.config)
+        for path in {s.model for s in self.teachers.values() if s.model} | ({config.large} - {None}):
+            self._check_same_tokenizer(path)
+        self.prompts = [self.prompt(q.text) for q in self.questions]
+        longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        if len(self.prompts[longest]) + 1 >= self.student.config.max_positions:
+            raise InputError(
+                f"{config.questions}: question {self.questions[longest].id}: found a prompt of "
+                f"{len(self.prompts[longest])} tokens, expected under the context of {self.student.config.max_positions}"
+            )
+        self.run = RunFolder.create(out, dataclasses.asdict(config) | {"teacher": list(config.teacher)})
+
+    def model(self, path: str) -> Qwen:
+        """Loads a model; the student stays, of the others only the last one used."""
+        if path not in self._models:
+            for other in [p for p in self._models if p != self.config.student]:
+                del self._models[other]
+                self._engines.pop(other, None)
+            self._models[path] = load_model(path, dtype=self.config.dtype)
+        return self._models[path]
+
+    def engine(self, path: str) -> Engine:
+        model = self.model(path)
+        if path not in self._engines:
+            self._engines[path] = Engine(model, slots=self.config.slots)
+        return self._engines[path]
+
+    def _check_same_tokenizer(self, path: str) -> None:
+        if load_tokenizer(path).get_vocab() != self.tokenizer.get_vocab():
+            raise InputError(f"{path}: found another tokenizer than the student's, expected the same vocabulary")
+
+    def prompt(self, message: str) -> list[int]:
+        return chat_tokens(self.tokenizer, message, thinking=self.config.thinking)
+
+    def text(self, tokens: Iterable[int]) -> str:
+        return self.tokenizer.decode([int(t) for t in tokens if t >= 0], skip_special_tokens=True)
+
+    def token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
+    def grades(self, responses: np.ndarray, gold: str) -> np.ndarray:
+        """Grades whole responses [G, S]: 1 correct, 0 wrong, -1 no answer found."""
+        answers: dict[str, bool | None] = {}
+        graded = np.empty(len(responses), np.int8)
+        for row, tokens in enumerate(responses):
+            text = self.text(tokens)
+            if text not in answers:
+                answers[text] = self.task.grade(text, gold)
+            graded[row] = -1 if answers[text] is None else int(answers[text])
+        return graded
+
+    def sampling(self, stage: str, index: int, **options: Any) -> Sampling:
+        seed = zlib.crc32(f"{self.config.seed}/{stage}/{self.questions[index].id}".encode())
+        return Sampling(self.config.max_tokens, stop_ids=self.stop_ids, seed=seed, **options)
+
+    def pieces(self, stage: str, indices: Iterable[int] | None = None) -> Iterator[tuple[int, str]]:
+        """Yields the questions of a stage that are not done yet, with their pieces' names."""
+        chosen = list(range(len(self.questions)) if indices is None else indices)
+        for done, index in enumerate(chosen):
+            self.progress(stage, done, len(chosen))
+            piece = f"{stage}/{index:05d}"
+            if not self.run.done(piece):
+                yield index, piece
+        self.progress(stage, len(chosen), len(chosen))

@@ -1,0 +1,252 @@
+"""Replicates of the whole procedure against the exact oracle: how wrong is each estimator, and each aggregate?
+
+The questions of a finished run become finite decision processes: the tree of all its rollouts, the student's
+probabilities renormalised over the children met, the paths of the run. There every success probability is exact, and
+initial rollouts, targeting, enrichment and estimation are replayed with fresh draws as often as wanted. The truth of
+an aggregate uses each replicate's own S_u, so that differences are the estimator's and not the selection's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from jaxopd import scoring
+from jaxopd.alignment import STATISTICS, node_alignment, summarize
+from jaxopd.diagnose.config import DiagnoseConfig
+from jaxopd.diagnose.demonstrations import teacher_prompt
+from jaxopd.diagnose.launches import response_parts
+from jaxopd.diagnose.nodes import included, representative_paths, teacher_model
+from jaxopd.diagnose.session import Progress, Session
+from jaxopd.gradients import Position, logit_gradient, reverse_kl
+from jaxopd.tree import ESTIMATORS, PathTree, Walks, build_tree, count, paper_targets, success_estimates, support, walk
+from jaxopd.tree.oracle import FiniteMDP
+
+CLOSE = 0.02  # teachers whose true aggregates differ by less are not asked to be ranked
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A question as a finite decision process, seen from its paths."""
+
+    question: str
+    process: FiniteMDP
+    tree: PathTree
+    after: Int[np.ndarray, "N K"]  # the process's node after each candidate, -1 for none
+    p: Float[np.ndarray, "N K"]
+    log_q: dict[str, Float[np.ndarray, "N K"]]
+    walks: Walks  # of the process's sequences
+
+    @property
+    def success(self) -> Float[np.ndarray, "N K"]:
+        """The exact success probability after each candidate."""
+        return np.where(self.after >= 0, self.process.value[self.after], np.nan)
+
+
+@dataclass(frozen=True)
+class TruthTables:
+    """What `truth` measured: P_succ per estimator, aggregates per estimator and statistic."""
+
+    success: pd.DataFrame
+    aggregates: pd.DataFrame
+    questions: int
+    replicates: int
+    rollouts: float  # targeted rollouts a question and replicate
+
+
+def exact_question(session: Session, index: int) -> Exact:
+    """Builds the finite decision process of a question of a finished run."""
+    parts = response_parts(session, index)
+    width = max(tokens.shape[1] for tokens, _ in parts)
+    tokens = np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=-1) for t, _ in parts])
+    grade = np.concatenate([grade for _, grade in parts])
+    tokens, first = np.unique(tokens, axis=0, return_index=True)
+    logp = scoring.response_log_probs(session.student, session.prompts[index], tokens)
+    process = FiniteMDP.from_rollouts(tokens, logp, grade[first] == 1)
+    plain = representative_paths(session, index).tree
+    assert plain is not None
+    paths, outcomes = [plain.tokens[a, :n] for a, n in enumerate(plain.length)], list(plain.correct)
+    at, _ = process.along(plain)
+    candidates = np.full((len(at), int(process.children[at].max())), -1, np.int64)
+    for n, node in enumerate(at):
+        low, many = process.first_child[node], process.children[node]
+        candidates[n, :many] = process.token[low : low + many]
+    tree = build_tree(paths, outcomes, candidates)
+    _, after = process.along(tree)
+    log_q = {}
+    for name, spec in session.teachers.items():
+        teacher = teacher_model(session, spec)
+        hidden = scoring.response_hidden(teacher, teacher_prompt(session, spec, index), tree.tokens)
+        log_q[name] = scoring.log_probs(teacher, hidden[tree.owner, tree.depth], tree.candidates)
+    p = np.where(after >= 0, process.p[after], 0.0)
+    return Exact(session.questions[index].id, process, tree, after, p, log_q, walk(tree, tokens))
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """R replicates of the procedure on one question: support S_u and, per estimator, P_succ with its interval."""
+
+    support: Bool[np.ndarray, "R N K"]
+    value: dict[str, Float[np.ndarray, "R N K"]]
+    covered: dict[str, Bool[np.ndarray, "R N K"]]
+    launched: float
+
+
+def replicate(exact: Exact, config: DiagnoseConfig, replicates: int, rng: np.random.Generator) -> Replicates:
+    """Replays initial rollouts, targeting, enrichment and estimation `replicates` times."""
+    tree, process, truth = exact.tree, exact.process, exact.success
+    with np.errstate(divide="ignore"):
+        log_p = np.log(exact.p)
+    teachers = {}
+    for name, log_q in exact.log_q.items():
+        ratio = np.where(exact.p > 0, log_q - log_p, 0.0)
+        teachers[name] = np.exp(log_q), np.asarray(logit_gradient(log_p, ratio))
+    supports, launched = [], 0
+    values: dict[str, list] = {name: [] for name in ESTIMATORS}
+    covered: dict[str, list] = {name: [] for name in ESTIMATORS}
+    for _ in range(replicates):
+        rows = process.sample(np.zeros(config.rollouts, np.int64), rng)
+        launch = np.zeros(len(rows), np.int64)
+        visits = count(tree, exact.walks[rows], process.success[rows], launch).pooled[:, :-1]
+        budgets = {"by_gradient": config.by_gradient, "by_difference": config.by_difference, "n_min": config.n_min}
+        targets = paper_targets(tree, exact.p, teachers, visits, tau=config.tau, **budgets)
+        node = tree.node_of[targets.path, targets.depth]
+        slot = (tree.candidates[node] == targets.token[:, None]).argmax(1)
+        start = np.repeat(exact.after[node, slot], targets.number)
+        rows = np.concatenate([rows, process.sample(start, rng)])
+        launch = np.concatenate([launch, np.repeat(targets.depth + 1, targets.number)])
+        launched += len(start)
+        counts = count(tree, exact.walks[rows], process.success[rows], launch)
+        estimates = {name: success_estimates(tree, counts, exact.p, name) for name in ESTIMATORS}
+        # One S_u for all estimators, so that they are compared on the same tokens.
+        same = np.logical_and.reduce([support(tree, counts, e, config.n_sig) for e in estimates.values()])
+        supports.append(same)
+        for name, estimate in estimates.items():
+            values[name].append(estimate.value)
+            covered[name].append((estimate.low <= truth + 1e-9) & (truth <= estimate.high + 1e-9))
+    stacked = {name: np.stack(v) for name, v in values.items()}
+    return Replicates(
+        np.stack(supports), stacked, {n: np.stack(c) for n, c in covered.items()}, launched / replicates
+    )
+
+
+def _scores(
+    exact: Exact, support_RNK: Bool[np.ndarray, "R N K"], success_RNK: Float[np.ndarray, "R N K"], teacher: str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Gives the summaries [R] of reverse KL's alignment, and the cosines [R, N]."""
+    R, N, K = support_RNK.shape
+    with np.errstate(divide="ignore"):
+        log_p = np.log(exact.p)
+    wide = -K % 8
+    pad = ((0, 0), (0, wide))
+    flat = {
+        "log_p": np.pad(np.tile(log_p, (R, 1)), pad, constant_values=-np.inf).astype(np.float32),
+        "log_q": np.pad(np.tile(exact.log_q[teacher], (R, 1)), pad, constant_values=-np.inf).astype(np.float32),
+    }
+    known = {
+        "support": np.pad(support_RNK.reshape(-1, K), pad),
+        "success": np.pad(np.nan_to_num(success_RNK.reshape(-1, K)), pad).astype(np.float32),
+    }
+    scores = node_alignment(Position.create(**flat, **known), {"reverse_kl": reverse_kl}, ("renormalized",))
+    cosine, norm, spread = (
+        np.asarray(scores[name]).reshape(R, N) for name in ("align_reverse_kl", "ideal_norm", "success_range")
+    )
+    return summarize(cosine, norm, np.nan_to_num(spread), spread > 0), cosine
+
+
+def truth(session: Session, progress: Progress, replicates: int = 60, seed: int = 0) -> TruthTables:
+    """Measures bias, RMSE, interval coverage, sign and ranking agreement on the questions of a finished run."""
+    edges: dict[tuple[str, str], list] = {}
+    rows, chosen, launched = [], included(session), 0.0
+    for done, index in enumerate(chosen):
+        progress("truth", done, len(chosen))
+        exact = exact_question(session, index)
+        found = replicate(exact, session.config, replicates, np.random.default_rng([seed, index]))
+        launched += found.launched / len(chosen)
+        for name, where, errors, inside in _edge_errors(exact, found):
+            edges.setdefault((name, where), []).append((errors, inside))
+        rows += list(_aggregate_errors(exact, found))
+    progress("truth", len(chosen), len(chosen))
+    success = pd.DataFrame(
+        [{"estimator": name, "edges": where} | _edge_summary(parts) for (name, where), parts in edges.items()]
+    )
+    return TruthTables(success, _aggregate_summary(pd.DataFrame(rows)), len(chosen), replicates, launched)
+
+
+def _edge_errors(exact: Exact, found: Replicates) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+    """Yields, per estimator and set of edges, errors [R, E] (NaN off S_u) and coverage [R, E]."""
+    decision = found.support & (found.support.sum(-1, keepdims=True) >= 2)
+    for name in ESTIMATORS:
+        error = np.where(decision, found.value[name] - exact.success[None], np.nan)
+        inside = np.where(decision, found.covered[name], np.nan)
+        ancestors = exact.tree.child >= 0
+        yield name, "ancestors of launches", error[:, ancestors], inside[:, ancestors]
+        yield name, "all of S_u", error.reshape(len(error), -1), inside.reshape(len(error), -1)
+
+
+def _edge_summary(parts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    errors, inside = (np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True))
+    seen = np.isfinite(errors).sum(0)
+    errors, inside, seen = errors[:, seen > 1], inside[:, seen > 1], seen[seen > 1]
+    bias, variance = np.nanmean(errors, 0), np.nanvar(errors, 0, ddof=1)
+    # The mean |bias| over few replicates holds the noise of the mean; what noise alone gives stands beside it.
+    noise = np.sqrt(2 / np.pi) * np.sqrt(variance / seen)
+    return {
+        "bias": float(bias.mean()),
+        "abs_bias": float(np.abs(bias).mean()),
+        "abs_bias_of_noise": float(noise.mean()),
+        "rmse": float(np.sqrt(np.nanmean(errors**2))),
+        "coverage": float(np.nanmean(inside)),
+        "edges": errors.shape[1],
+    }
+
+
+def _aggregate_errors(exact: Exact, found: Replicates) -> Iterator[dict]:
+    true = np.where(np.isfinite(exact.success), exact.success, 0.0)[None]
+    true = np.broadcast_to(true, found.support.shape)
+    for teacher in exact.log_q:
+        aim, aim_cosine = _scores(exact, found.support, true, teacher)
+        for name in ESTIMATORS:
+            got, cosine = _scores(exact, found.support, found.value[name], teacher)
+            both = np.isfinite(cosine) & np.isfinite(aim_cosine)
+            sign = float((np.sign(cosine) == np.sign(aim_cosine))[both].mean()) if both.any() else np.nan
+            for statistic in STATISTICS:
+                for r in range(len(true)):
+                    yield {
+                        "question": exact.question,
+                        "replicate": r,
+                        "teacher": teacher,
+                        "estimator": name,
+                        "statistic": statistic,
+                        "value": got[statistic][r],
+                        "truth": aim[statistic][r],
+                        "sign": sign,
+                    }
+
+
+def _aggregate_summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Averages errors over questions, teachers and replicates; ranking looks at pairs of teachers in a replicate."""
+    rows = rows.assign(error=rows["value"] - rows["truth"])
+    table = []
+    for (name, statistic), group in rows.groupby(["estimator", "statistic"], sort=False):
+        per_question = group.groupby(["question", "teacher"])["error"].mean()
+        wide = [group.pivot(index=["question", "replicate"], columns="teacher", values=v) for v in ("value", "truth")]
+        value, true = (w.to_numpy(float) for w in wide)
+        i, j = np.triu_indices(value.shape[1], 1)
+        apart = np.abs(true[:, i] - true[:, j]) > CLOSE
+        agree = np.sign(value[:, i] - value[:, j]) == np.sign(true[:, i] - true[:, j])
+        table.append(
+            {
+                "estimator": name,
+                "statistic": statistic,
+                "truth": float(group["truth"].mean()),
+                "bias": float(per_question.mean()),
+                "abs_bias": float(per_question.abs().mean()),
+                "rmse": float(np.sqrt((group["error"] ** 2).mean())),
+                "sign_agreement": float(group["sign"].mean()),
+                "ranking_agreement": float(agree[apart].mean()) if apart.any() else np.nan,
+            }
+        )
+    return pd.DataFrame(table)
