@@ -1,0 +1,71 @@
+"""Gradient forms: what a training signal says about each token, as f in P (f - fbar).
+
+A form is an unbatched function Position -> f [K]. To add one, write a small file and give it a line in FORMS; it is
+then at once a diagnostic, a training loss and a case of the contract test.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from jaxopd.gradients.core import (
+    READINGS,
+    Form,
+    Position,
+    Reading,
+    gradient,
+    logit_gradient,
+    on_support,
+    renormalize,
+    surrogate,
+)
+from jaxopd.gradients.divergences import (
+    forward_kl,
+    forward_kl_loss,
+    from_loss,
+    jsd,
+    jsd_loss,
+    reverse_kl,
+    reverse_kl_loss,
+)
+from jaxopd.gradients.rewarded import dr_grpo, dr_grpo_std, ideal
+from jaxopd.gradients.sampled import minillm, reward_to_go, score_function, single_sample
+
+FORMS: Mapping[str, Form] = MappingProxyType(
+    {
+        "ideal": ideal,
+        "reverse_kl": reverse_kl,
+        "forward_kl": forward_kl,
+        "jsd": jsd(0.5),
+        "single_sample": single_sample,
+        "minillm": minillm,
+        "dr_grpo": dr_grpo,
+        "dr_grpo_std": dr_grpo_std,
+    }
+)
+
+__all__ = [
+    "FORMS",
+    "READINGS",
+    "Form",
+    "Position",
+    "Reading",
+    "dr_grpo",
+    "dr_grpo_std",
+    "forward_kl",
+    "forward_kl_loss",
+    "from_loss",
+    "gradient",
+    "ideal",
+    "jsd",
+    "jsd_loss",
+    "logit_gradient",
+    "minillm",
+    "on_support",
+    "renormalize",
+    "reverse_kl",
+    "reverse_kl_loss",
+    "reward_to_go",
+    "score_function",
+    "single_sample",
+    "surrogate",
+]
