@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,13 +31,16 @@ TOY_TEACHERS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagnose(DiagnoseConfig):
     """Measures, per token and per teacher, whether distillation would point toward success; resumes a killed run."""
 
     teacher: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     out: str = "runs/diagnose"
     """Folder of the run; the same command with the same folder resumes it."""
+
+    def __post_init__(self) -> None:
+        pass  # `run` checks: an error raised while parsing would be tyro's to show
 
     def run(self, console: Console) -> None:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(DiagnoseConfig)}
@@ -172,10 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"jaxopd: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:  # libraries say it in exceptions of their own kinds
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise
-        print(f"jaxopd: {error.filename}: found no free disk space, expected room for the output", file=sys.stderr)
+        where = getattr(error, "filename", None) or "output"
+        print(f"jaxopd: {where}: found no free disk space, expected room for it", file=sys.stderr)
         return 2
     return 0
 

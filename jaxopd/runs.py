@@ -11,6 +11,8 @@ through tensorstore's key-value stores, so a path may also be an URL that tensor
 import io
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -38,13 +40,16 @@ class RunFolder:
         Raises InputError where the folder holds another run, or things that are no run.
         """
         run = cls(path)
-        known = run.read_json("config.json")
+        known = run.config()
         if known is None:
-            if run.store.list().result():
+            with _storage(path):
+                others = run.store.list().result()
+            if others:
                 raise InputError(f"{path}: found files but no config.json, expected an empty folder or a jaxopd run")
-            run.write_json("env.json", environment())
             run.write_json("config.json", config)
-            return run
+            known = config
+        if run.read_json("env.json") is None:
+            run.write_json("env.json", environment())
         for field in sorted(set(known) | set(config)):
             if known.get(field) != config.get(field):
                 raise InputError(
@@ -57,14 +62,25 @@ class RunFolder:
     def existing(cls, path: str) -> "RunFolder":
         """Opens a run for reading. Raises InputError where there is none."""
         run = cls(path)
-        if run.read_json("config.json") is None:
+        if run.config() is None:
             raise InputError(f"{path}: found no config.json, expected the folder of a jaxopd run")
         return run
 
+    def config(self) -> dict[str, Any] | None:
+        """Gives the settings of the run, or None where none was begun."""
+        known = self.read_json("config.json")
+        if known is not None and not isinstance(known, dict):
+            raise InputError(f"{self.path}/config.json: found a {type(known).__name__}, expected an object")
+        return known
+
     def read_json(self, key: str) -> Any:
-        """Gives the value stored at `key`, or None."""
-        found = self.store.read(key).result()
-        return json.loads(found.value) if found.state == "value" else None
+        """Gives the value stored at `key`, or None. Raises InputError where it is no JSON."""
+        with _storage(self.path):
+            found = self.store.read(key).result()
+        try:
+            return json.loads(found.value) if found.state == "value" else None
+        except ValueError as error:  # malformed JSON or text
+            raise InputError(f"{self.path}/{key}: found no valid JSON ({error}), expected what was written") from None
 
     def write_json(self, key: str, value: Any) -> None:
         """Stores a JSON value."""
@@ -76,7 +92,7 @@ class RunFolder:
 
     def save(self, piece: str, arrays: dict[str, np.ndarray], facts: dict[str, Any] | None = None) -> None:
         """Writes a piece's arrays, then the marker that commits it, which also holds `facts`."""
-        with _disk(self.path):
+        with _storage(self.path):
             writes = []
             for name, array in arrays.items():
                 stored = array.astype(np.uint8) if array.dtype == bool else array
@@ -116,7 +132,7 @@ class RunFolder:
         return pd.read_parquet(io.BytesIO(found.value))
 
     def _write(self, key: str, value: bytes) -> None:
-        with _disk(self.path):
+        with _storage(self.path):
             self.store.write(key, value).result()
 
 
@@ -132,21 +148,22 @@ def environment() -> dict[str, str]:
     }
 
 
-class _disk:
-    """Turns 'no space left' of the storage into one clear sentence."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and ("No space left" in str(error) or "quota" in str(error).lower()):
+@contextmanager
+def _storage(path: str) -> Iterator[None]:
+    """Turns what the storage refuses into one clear sentence."""
+    try:
+        yield
+    except ValueError as error:  # tensorstore's only exception; its text begins with the kind
+        kind, _, reason = str(error).partition(": ")
+        if "No space left" in reason or "quota" in reason.lower():
             raise InputError(
-                f"{self.path}: found no free disk space, expected room for the run; free some and give the same "
+                f"{path}: found no free disk space, expected room for the run; free some and give the same "
                 "command again"
             ) from None
+        if kind in ("NOT_FOUND", "PERMISSION_DENIED", "FAILED_PRECONDITION"):
+            reason = reason.partition(" [")[0]
+            raise InputError(f"{path}: found no folder that can be used ({reason}), expected one for the run") from None
+        raise
 
 
 def _kvstore(path: str) -> Any:

@@ -1,134 +1,156 @@
-"""Scores positions over the whole vocabulary: student alone, or student against teacher.
+"""Student and teacher at positions, over the whole vocabulary, from hidden states and LM heads.
 
-Hidden states come in, statistics go out; where the hidden states were computed (this process, another one, a disk) is
-not its business. The number of positions is padded to a power of two, so that few shapes are compiled.
+Hidden states may be arrays of this process, of another one or of a file (a memory map is read block by block). Each
+call runs in blocks of at most BLOCK rows, padded to a power of two, as are the tokens per row: however many positions
+there are, only a handful of shapes is compiled, and at most two blocks of hidden states are on the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxopd_kernels import PairStatistics, head_statistics, pair_statistics
+from jaxopd_kernels import MAX_TOP_K, HeadStatistics, PairStatistics, VocabularyForm, head_statistics, pair_statistics
 from jaxtyping import Array, Float, Int
 
 from jaxopd.errors import InputError
-from jaxopd.models import Qwen, hidden_states
-from jaxopd.models.qwen import forward
 
-TOKENS_AT_ONCE = 16384  # of a forward pass, padding included
+BLOCK = 4096
+SMALLEST_BLOCK = 16
 
+_pair = partial(jax.jit, static_argnames=("vocab_size", "forms", "implementation"))(pair_statistics)
+_head = partial(jax.jit, static_argnames=("k", "vocab_size", "implementation"))(head_statistics)
 
-class TopK(NamedTuple):
-    """The k likeliest tokens of each position, likeliest first, ties by the lower id."""
-
-    ids: Int[np.ndarray, "T k"]
-    log_probs: Float[np.ndarray, "T k"]
+Statistics = TypeVar("Statistics", PairStatistics, HeadStatistics)
 
 
-def response_hidden(
-    model: Qwen, prompt: Sequence[int], responses: Int[np.ndarray, "G S"]
-) -> Float[np.ndarray, "G S D"]:
-    """Computes the hidden states that predict each token of `responses` (-1: padding) after `prompt`.
+class HasHead(Protocol):
+    """Anything with an LM head, such as jaxopd.models.Qwen."""
 
-    Rows past a response's end are finite and meaningless. Raises InputError beyond the model's context.
+    def head(self) -> Float[Array, "V D"]: ...
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """`statistics` in numpy (see PairStatistics), and for each form's name f at the ids and its mean under P.
+
+    `known` is what jaxopd.gradients.gradient and jaxopd.alignment.node_alignment take for the restricted reading.
     """
-    start = len(prompt) - 1
-    parts = [
-        np.asarray(hidden_states(model, tokens, mask))[:rows, start : start + responses.shape[1]]
-        for tokens, mask, rows in _batches(model, prompt, responses)
-    ]
-    return np.concatenate(parts)
+
+    statistics: PairStatistics
+    known: Mapping[str, tuple[Float[np.ndarray, "T K"], Float[np.ndarray, "T"]]]
 
 
-def response_log_probs(
-    model: Qwen, prompt: Sequence[int], responses: Int[np.ndarray, "G S"]
-) -> Float[np.ndarray, "G S"]:
-    """Computes the log-prob of each token of `responses` (-1: padding, 0 there) after `prompt`."""
-    start, S = len(prompt) - 1, responses.shape[1]
-    parts = [
-        np.asarray(_next_log_probs(model, tokens, mask))[:rows, start : start + S]
-        for tokens, mask, rows in _batches(model, prompt, responses)
-    ]
-    return np.where(responses >= 0, np.concatenate(parts), 0.0).astype(np.float32)
+def topk(
+    model: HasHead, hidden: Float[np.ndarray, "T D"], k: int, *, vocab_size: int | None = None
+) -> tuple[Int[np.ndarray, "T k"], Float[np.ndarray, "T k"]]:
+    """Finds the k <= 64 most probable tokens at each position: their ids, ties by lower id, and log P in nats."""
+    scores = score_tokens(model, hidden, k=k, vocab_size=vocab_size)
+    return np.asarray(scores.top_ids), np.asarray(scores.top_log_p)
 
 
-def topk(model: Qwen, hidden: Float[np.ndarray, "T D"], k: int) -> TopK:
-    """Finds the k likeliest tokens of each position."""
-    none = np.full((len(hidden), 1), -1, np.int32)
-    found = _head(*_padded(hidden, none), model.head(), k)
-    return TopK(*(np.asarray(x)[: len(hidden)] for x in (found.top_ids, found.top_log_p)))
+def score_tokens(
+    model: HasHead,
+    hidden: Float[np.ndarray, "T D"],
+    ids: Int[np.ndarray, "T K"] | None = None,
+    *,
+    k: int = 0,
+    vocab_size: int | None = None,
+    implementation: str | None = None,
+) -> HeadStatistics:
+    """Describes one model at each position, in numpy: log-sum-exp, entropy, top k, log P at ids (-1 is padding).
 
-
-def log_probs(model: Qwen, hidden: Float[np.ndarray, "T D"], ids: Int[np.ndarray, "T K"]) -> Float[np.ndarray, "T K"]:
-    """Gives the log-probs at `ids`, -inf where the id is -1."""
-    return np.asarray(_head(*_padded(hidden, ids), model.head(), 0).log_p)[: len(hidden), : ids.shape[1]]
+    P is the softmax over the first vocab_size tokens, by default every row of the head.
+    Raises InputError on shapes that do not fit, ids outside the vocabulary and k outside 0 to 64.
+    """
+    head = model.head()
+    vocab_size = _vocabulary(vocab_size, head)
+    ids = _checked_ids(ids, len(hidden), vocab_size)
+    _check_hidden("hidden", hidden, head, len(hidden))
+    if not 0 <= k <= min(MAX_TOP_K, vocab_size):
+        raise InputError(f"k: found {k}, expected 0 to {min(MAX_TOP_K, vocab_size)}")
+    op = partial(_head, k=k, vocab_size=vocab_size, implementation=implementation)
+    return _in_blocks(lambda hidden, ids: op(hidden, head, ids=ids), (hidden,), ids)
 
 
 def score_pair(
-    student: Qwen,
-    teacher: Qwen,
+    student: HasHead,
+    teacher: HasHead,
     hidden_s: Float[np.ndarray, "T Ds"],
     hidden_t: Float[np.ndarray, "T Dt"],
-    ids: Int[np.ndarray, "T K"],
-    forms: tuple[Callable, ...] = (),
-) -> PairStatistics:
-    """Compares student and teacher at T positions: `PairStatistics` as numpy arrays.
+    ids: Int[np.ndarray, "T K"] | None = None,
+    forms: Mapping[str, VocabularyForm] = MappingProxyType({}),
+    *,
+    vocab_size: int | None = None,
+    implementation: str | None = None,
+) -> PairScores:
+    """Compares student and teacher at each position: every statistic of PairStatistics, and forms at the ids.
 
-    `forms` are functions (log P [V], log Q [V]) -> f [V]; pass the same objects again to reuse what was compiled.
+    Both are taken over the first vocab_size tokens (default: as many as both heads have) and renormalised there.
+    ids may hold -1 as padding. forms: name -> function (log_p [V], log_q [V]) -> f [V]; pass the same function
+    objects again, new ones compile again. Raises InputError on shapes that do not fit and ids outside the vocabulary.
     """
-    hidden_s, padded_ids = _padded(hidden_s, ids)
-    hidden_t, _ = _padded(hidden_t, ids)
-    found = _pair(hidden_s, student.head(), hidden_t, teacher.head(), padded_ids, forms)
+    head_s, head_t = student.head(), teacher.head()
+    vocab_size = _vocabulary(vocab_size, head_s, head_t)
+    ids = _checked_ids(ids, len(hidden_s), vocab_size)
+    _check_hidden("hidden_s", hidden_s, head_s, len(hidden_s))
+    _check_hidden("hidden_t", hidden_t, head_t, len(hidden_s))
+    op = partial(_pair, vocab_size=vocab_size, forms=tuple(forms.values()), implementation=implementation)
+    statistics = _in_blocks(lambda h_s, h_t, ids: op(h_s, head_s, h_t, head_t, ids), (hidden_s, hidden_t), ids)
+    return PairScores(statistics, {name: (statistics.f[:, i], statistics.fbar[:, i]) for i, name in enumerate(forms)})
+
+
+def _in_blocks(op: Callable[..., Statistics], hidden: tuple[Any, ...], ids: np.ndarray) -> Statistics:
+    """Runs an op block by block and joins the rows and ids that are no padding, in numpy."""
     T, K = ids.shape
-    return jax.tree.map(lambda x: np.asarray(x)[:T, :K] if x.ndim == 2 else np.asarray(x)[:T], found)
+    ids = np.pad(ids, ((0, 0), (0, _bucket(K) - K)), constant_values=-1)
+    parts: list[Any] = []
+    for start in range(0, max(T, 1), BLOCK):
+        rows = slice(start, start + BLOCK)
+        parts.append(op(*(_padded(x[rows], 0) for x in hidden), _padded(ids[rows], -1)))
+        parts[-2:-1] = jax.device_get(parts[-2:-1])  # one block late: the device stays busy, and holds two at most
+
+    def join(name: str) -> np.ndarray:
+        joined = np.concatenate([jax.device_get(getattr(part, name)) for part in parts])[:T]
+        return joined[..., :K] if name in ("f", "log_p", "log_q") else joined
+
+    return type(parts[0])(**{field.name: join(field.name) for field in fields(parts[0])})
 
 
-@partial(jax.jit, static_argnames="k")
-def _head(hidden: Array, ids: Array, head: Array, k: int):
-    return head_statistics(hidden, head, ids, k=k)
+def _bucket(size: int, smallest: int = 1) -> int:
+    """The power of two that a size is padded to."""
+    return max(smallest, 1 << max(0, size - 1).bit_length())
 
 
-@partial(jax.jit, static_argnames="forms")
-def _pair(hidden_s: Array, head_s: Array, hidden_t: Array, head_t: Array, ids: Array, forms: tuple) -> PairStatistics:
-    return pair_statistics(hidden_s, head_s, hidden_t, head_t, ids, forms=forms)
+def _padded(rows: Any, value: int) -> np.ndarray:
+    """Appends rows up to the next bucket."""
+    missing = _bucket(len(rows), SMALLEST_BLOCK) - len(rows)
+    return np.pad(np.asarray(rows), ((0, missing), (0, 0)), constant_values=value)
 
 
-@nnx.jit
-def _next_log_probs(model: Qwen, tokens: Int[Array, "B T"], mask: Array) -> Float[Array, "B T1"]:
-    hidden = forward(model, tokens, mask)[:, :-1]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return head_statistics(flat, model.head(), tokens[:, 1:].reshape(-1, 1)).log_p.reshape(hidden.shape[:2])
+def _vocabulary(vocab_size: int | None, *heads: Array) -> int:
+    largest = min(head.shape[0] for head in heads)
+    vocab_size = largest if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= largest:
+        raise InputError(f"vocab_size: found {vocab_size}, expected 1 to {largest}, the size of the LM head")
+    return vocab_size
 
 
-def _padded(hidden: np.ndarray, ids: np.ndarray) -> tuple[Array, Array]:
-    rows = _bucket(len(hidden)) - len(hidden)
-    columns = -ids.shape[1] % 8
-    hidden = np.pad(hidden, ((0, rows), (0, 0)))
-    ids = np.pad(ids, ((0, rows), (0, columns)), constant_values=-1).astype(np.int32)
-    return jnp.asarray(hidden), jnp.asarray(ids)
+def _checked_ids(ids: Any, T: int, vocab_size: int) -> np.ndarray:
+    if ids is None:
+        return np.zeros((T, 0), np.int32)
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or len(ids) != T or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"ids: found shape {ids.shape} of {ids.dtype}, expected integers [{T}, K]")
+    if wrong := ids[(ids < -1) | (ids >= vocab_size)].tolist():
+        raise InputError(f"ids: found {wrong[0]}, expected 0 to {vocab_size - 1}, or -1 as padding")
+    return ids.astype(np.int32)
 
 
-def _batches(model: Qwen, prompt: Sequence[int], responses: np.ndarray):
-    """Yields (tokens, mask, real rows): prompt and response side by side, both axes padded to few sizes."""
-    G, S = responses.shape
-    context = model.config.max_positions
-    if len(prompt) + S > context:
-        raise InputError(f"prompt: found {len(prompt)} tokens before a response of {S}, expected {context} in all")
-    width = _bucket(len(prompt) + S)
-    size = max(1, min(_bucket(G), TOKENS_AT_ONCE // width))
-    for low in range(0, G, size):
-        part = responses[low : low + size]
-        tokens, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
-        tokens[:, : len(prompt)], mask[:, : len(prompt)] = np.asarray(prompt), True
-        here = slice(len(prompt), len(prompt) + S)
-        tokens[: len(part), here], mask[: len(part), here] = np.maximum(part, 0), part >= 0
-        yield tokens, mask, len(part)
-
-
-def _bucket(n: int) -> int:
-    """Rounds up to a power of two, or beyond 4096 to a multiple of it."""
-    return 1 << (max(n, 32) - 1).bit_length() if n <= 4096 else -(-n // 4096) * 4096
+def _check_hidden(name: str, hidden: Any, head: Array, T: int) -> None:
+    D = head.shape[1]
+    if hidden.shape != (T, D):
+        raise InputError(f"{name}: found shape {hidden.shape}, expected [{T}, {D}], {D} being the width of the LM head")

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from jaxopd import scoring
 from jaxopd.alignment import STATISTICS, node_alignment, summarize
 from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.diagnose.demonstrations import teacher_prompt
@@ -21,6 +20,7 @@ from jaxopd.diagnose.launches import response_parts
 from jaxopd.diagnose.nodes import included, representative_paths, teacher_model
 from jaxopd.diagnose.session import Progress, Session
 from jaxopd.gradients import Position, logit_gradient, reverse_kl
+from jaxopd.responses import response_hidden, response_log_probs, token_log_probs
 from jaxopd.tree import ESTIMATORS, PathTree, Walks, build_tree, count, paper_targets, success_estimates, support, walk
 from jaxopd.tree.oracle import FiniteMDP
 
@@ -63,7 +63,7 @@ def exact_question(session: Session, index: int) -> Exact:
     tokens = np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=-1) for t, _ in parts])
     grade = np.concatenate([grade for _, grade in parts])
     tokens, first = np.unique(tokens, axis=0, return_index=True)
-    logp = scoring.response_log_probs(session.student, session.prompts[index], tokens)
+    logp = response_log_probs(session.student, session.prompts[index], tokens)
     process = FiniteMDP.from_rollouts(tokens, logp, grade[first] == 1)
     plain = representative_paths(session, index).tree
     assert plain is not None
@@ -78,8 +78,8 @@ def exact_question(session: Session, index: int) -> Exact:
     log_q = {}
     for name, spec in session.teachers.items():
         teacher = teacher_model(session, spec)
-        hidden = scoring.response_hidden(teacher, teacher_prompt(session, spec, index), tree.tokens)
-        log_q[name] = scoring.log_probs(teacher, hidden[tree.owner, tree.depth], tree.candidates)
+        hidden = response_hidden(teacher, teacher_prompt(session, spec, index), tree.tokens)
+        log_q[name] = token_log_probs(teacher, hidden[tree.owner, tree.depth], tree.candidates)
     p = np.where(after >= 0, process.p[after], 0.0)
     return Exact(session.questions[index].id, process, tree, after, p, log_q, walk(tree, tokens))
 
@@ -101,7 +101,7 @@ def replicate(exact: Exact, config: DiagnoseConfig, replicates: int, rng: np.ran
         log_p = np.log(exact.p)
     teachers = {}
     for name, log_q in exact.log_q.items():
-        ratio = np.where(exact.p > 0, log_q - log_p, 0.0)
+        ratio = np.where(exact.p > 0, log_q - np.log(np.maximum(exact.p, 1e-30)), 0.0)
         teachers[name] = np.exp(log_q), np.asarray(logit_gradient(log_p, ratio))
     supports, launched = [], 0
     values: dict[str, list] = {name: [] for name in ESTIMATORS}

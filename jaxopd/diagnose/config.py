@@ -32,9 +32,9 @@ class DiagnoseConfig:
     """Representative paths of each outcome, correct and incorrect."""
     tau: float = 0.02
     """Probability from which student or teacher makes a token a candidate."""
-    by_gradient: int = 10
+    by_gradient: int = 5
     """Targets a depth window and teacher by |P (l - lbar)|."""
-    by_difference: int = 10
+    by_difference: int = 5
     """Targets a depth window and teacher by |Q - P|."""
     n_min: int = 100
     """Visits to which targets are raised."""
@@ -61,6 +61,14 @@ class DiagnoseConfig:
         for name in ("rollouts", "paths", "n_min", "n_sig", "max_tokens", "demonstration_trials", "slots"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
+        for name in ("by_gradient", "by_difference", "truth_rollouts"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected 0 or more")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit: found {self.limit}, expected at least 1")
+        if not 0 <= self.demonstration_temperature < float("inf"):
+            found = self.demonstration_temperature
+            raise InputError(f"demonstration_temperature: found {found}, expected a finite number, 0 or more")
         if not 0.02 <= self.tau < 1:
             raise InputError(f"tau: found {self.tau}, expected .02 to 1 (a model can watch {WATCHED} tokens a node)")
         if not self.teacher:

@@ -10,15 +10,17 @@ from jaxtyping import Float
 from jaxopd import scoring
 from jaxopd.diagnose.config import WATCHED
 from jaxopd.diagnose.demonstrations import shown_to, teacher_prompt
-from jaxopd.diagnose.records import DIVERGENCES, TeacherScores, watched_ids
+from jaxopd.diagnose.records import PER_NODE, TeacherScores, watched_ids
 from jaxopd.diagnose.session import Session
 from jaxopd.gradients import FORMS, Position, reward_to_go
 from jaxopd.models import Qwen
+from jaxopd.responses import response_hidden, response_log_probs, token_log_probs
 from jaxopd.tasks.contexts import TeacherSpec, choice_record
 from jaxopd.tree import PathTree, build_tree
 
 ANALYTIC = ("reverse_kl", "forward_kl", "jsd")  # forms that need no samples, so their fbar is known over V
 STUDENT = "student"
+AT_CANDIDATES = ("log_p", "log_q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ def teacher_model(session: Session, spec: TeacherSpec) -> Qwen:
 
 
 def _hidden(model: Qwen, prompt: list[int], tree: PathTree) -> Float[np.ndarray, "N D"]:
-    return scoring.response_hidden(model, prompt, tree.tokens)[tree.owner, tree.depth]
+    return response_hidden(model, prompt, tree.tokens)[tree.owner, tree.depth]
 
 
 def watch(session: Session) -> None:
@@ -83,8 +85,8 @@ def watch(session: Session) -> None:
                 facts = choice_record(spec, question, shown, seed=session.config.seed)
             tree = representative_paths(session, index).tree
             assert tree is not None
-            top = scoring.topk(model, _hidden(model, prompt, tree), min(WATCHED, model.config.vocab_size))
-            session.run.save(piece, {"ids": np.asarray(top.ids), "logp": np.asarray(top.log_probs)}, facts)
+            ids, logp = scoring.topk(model, _hidden(model, prompt, tree), min(WATCHED, model.config.vocab_size))
+            session.run.save(piece, {"ids": ids, "logp": logp}, facts)
 
 
 def path_tree(session: Session, index: int, floor: float | None = None) -> PathTree:
@@ -106,21 +108,20 @@ def path_tree(session: Session, index: int, floor: float | None = None) -> PathT
 def student_log_probs(session: Session, index: int, tree: PathTree) -> Float[np.ndarray, "N K"]:
     """Gives the student's log-probs of a tree's candidates, -inf where there is none."""
     hidden = _hidden(session.student, session.prompts[index], tree)
-    return scoring.log_probs(session.student, hidden, tree.candidates)
+    return token_log_probs(session.student, hidden, tree.candidates)
 
 
 def score(session: Session, chosen: list[int]) -> None:
     """Scores student and each teacher at every node: probabilities of the candidates, divergences, f and fbar."""
-    forms = tuple(_over_vocabulary(name) for name in ANALYTIC)
+    forms = {name: _over_vocabulary(name) for name in ANALYTIC}
     for name, spec in session.teachers.items():
         for index, piece in session.pieces(f"scores-{name}", chosen):
             tree, teacher = path_tree(session, index), teacher_model(session, spec)
             hidden_s = _hidden(session.student, session.prompts[index], tree)
             hidden_t = _hidden(teacher, teacher_prompt(session, spec, index), tree)
             found = scoring.score_pair(session.student, teacher, hidden_s, hidden_t, tree.candidates, forms)
-            fields = ("log_p", "log_q", "entropy_s", "entropy_t", *DIVERGENCES)
-            arrays = {field: np.asarray(getattr(found, field)) for field in fields}
-            for form, f, fbar in zip(ANALYTIC, found.form_f, found.form_fbar, strict=True):
+            arrays = {field: np.asarray(getattr(found.statistics, field)) for field in (*AT_CANDIDATES, *PER_NODE)}
+            for form, (f, fbar) in found.known.items():
                 arrays |= {f"f_{form}": np.asarray(f), f"fbar_{form}": np.asarray(fbar)}
             session.run.save(piece, arrays)
 
@@ -138,9 +139,8 @@ def _over_vocabulary(name: str) -> Callable:
 def teacher_scores(session: Session, name: str, index: int) -> TeacherScores:
     """Reads what `score` found for a teacher and a question."""
     found, _ = session.run.load(f"scores-{name}/{index:05d}")
-    divergences = {key: found[key] for key in DIVERGENCES}
     known = {form: (found[f"f_{form}"], found[f"fbar_{form}"]) for form in ANALYTIC}
-    return TeacherScores(found["log_p"], found["log_q"], found["entropy_s"], found["entropy_t"], divergences, known)
+    return TeacherScores(*(found[name] for name in AT_CANDIDATES), {key: found[key] for key in PER_NODE}, known)
 
 
 def reward(session: Session, chosen: list[int]) -> None:
@@ -150,6 +150,6 @@ def reward(session: Session, chosen: list[int]) -> None:
             rolled, _ = session.run.load(f"rollouts/{index:05d}")
             teacher, prompt = teacher_model(session, spec), teacher_prompt(session, spec, index)
             real = rolled["tokens"] >= 0
-            log_q = scoring.response_log_probs(teacher, prompt, rolled["tokens"])
+            log_q = response_log_probs(teacher, prompt, rolled["tokens"])
             rewards = np.where(real, log_q - rolled["raw_logp"], 0.0).astype(np.float32)
             session.run.save(piece, {"reward_to_go": np.asarray(reward_to_go(rewards, real))})

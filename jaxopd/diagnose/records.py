@@ -11,16 +11,18 @@ tokens     question, path, t, token: P, Q of each teacher, visits, P_succ and it
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxopd.alignment import node_alignment
-from jaxopd.gradients import FORMS, Position
+from jaxopd.gradients import FORMS, Form, Position
 from jaxopd.tree import Counts, PathTree, SuccessEstimate, Walks, support, tally
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "l2", "cosine")
+PER_NODE = ("reverse_kl", "forward_kl", "js", "l2", "cosine", "entropy_student", "entropy_teacher")
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,7 @@ class TeacherScores:
 
     log_p: Float[np.ndarray, "N K"]
     log_q: Float[np.ndarray, "N K"]
-    entropy_student: Float[np.ndarray, " N"]
-    entropy_teacher: Float[np.ndarray, " N"]
-    divergences: dict[str, Float[np.ndarray, " N"]]
+    per_node: dict[str, Float[np.ndarray, " N"]]  # divergences and entropies
     known: dict[str, tuple[Float[np.ndarray, "N K"], Float[np.ndarray, " N"]]]  # form -> (f, full-vocabulary fbar)
 
 
@@ -52,44 +52,68 @@ def difficulty(pass_rate: float) -> str:
     return "hard" if pass_rate > 0 else "extremely hard"
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What the initial rollouts say at each node, for one teacher: the inputs of the sampled forms."""
+
+    visits: Float[np.ndarray, "N K1"]
+    weights: dict[str, Float[np.ndarray, "N K1"]]  # form -> sum of its per-sample weights w at each (node, slot)
+    success_std: float
+
+    @classmethod
+    def gather(cls, tree: PathTree, initial: InitialRollouts, to_go: Float[np.ndarray, "G S"]) -> "Samples":
+        """Sums visits and weights; `to_go` is sum_{t' >= t} (log q - log p) along each rollout."""
+        G, T = len(initial.success), tree.tokens.shape[1]
+        padded = np.zeros((G, T + 2))
+        width = min(T + 2, to_go.shape[1])
+        padded[:, :width] = to_go[:, :width]
+        std = float(initial.success.std(ddof=1)) if G > 1 else 0.0
+        centred = initial.success - initial.success.mean()
+
+        def total(weight: np.ndarray) -> np.ndarray:
+            return tally(tree, initial.walks, weight, np.zeros(G, np.int64))
+
+        weights = {
+            "single_sample": total(padded[:, :-1] - padded[:, 1:] - 1.0),
+            "minillm": total(padded[:, :-1] - 1.0),
+            "dr_grpo": total(centred),
+            "dr_grpo_std": total(centred / std if std > 0 else np.zeros(G)),
+        }
+        return cls(total(np.ones(G)), weights, std)
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """Gives the position's fields: counts, means per token, numbers of samples."""
+        counts = self.visits[:, :-1]
+
+        def mean(form: str) -> np.ndarray:
+            return np.divide(self.weights[form][:, :-1], counts, out=np.zeros(counts.shape), where=counts > 0)
+
+        return {
+            "counts": counts,
+            "reward_to_go": mean("minillm") + 1.0,
+            "advantage": mean("dr_grpo"),
+            "advantage_std": np.full(len(counts), self.success_std),
+            "n_samples": self.visits.sum(1),
+        }
+
+    def known(self, at: Position) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Gives (f, fbar) of the sampled forms, fbar over all samples, those of unwatched tokens included."""
+        n = np.maximum(self.visits.sum(1), 1.0)
+        return {form: (_values(at, form), weight.sum(1) / n) for form, weight in self.weights.items()}
+
+
 def positions(
-    tree: PathTree,
     teacher: TeacherScores,
     estimate: SuccessEstimate,
     support_NK: Bool[np.ndarray, "N K"],
-    initial: InitialRollouts,
-    reward_to_go: Float[np.ndarray, "G S"] | None,
+    samples: Samples,
 ) -> Position:
     """Builds the N positions of a tree for one teacher and one estimator of P_succ."""
-    walks, G = initial.walks, len(initial.success)
-    since = np.zeros(G, np.int64)
-    visits = tally(tree, walks, np.ones(G), since)
-    counts = visits[:, :-1]
-    centred = initial.success - initial.success.mean()
-
-    def mean_per_token(weight: np.ndarray) -> np.ndarray:
-        return np.divide(tally(tree, walks, weight, since)[:, :-1], counts, out=np.zeros(counts.shape), where=counts > 0)
-
-    T = tree.tokens.shape[1]
-    if reward_to_go is None:
-        to_go = np.zeros(counts.shape)
-    else:
-        padded = np.zeros((G, T + 1))
-        width = min(T + 1, reward_to_go.shape[1])
-        padded[:, :width] = reward_to_go[:, :width]
-        to_go = mean_per_token(padded)
-    known = np.isfinite(estimate.value)
-    fields = {
-        "support": support_NK,
-        "success": np.where(known, estimate.value, 0.0),
-        "counts": counts,
-        "reward_to_go": to_go,
-        "advantage": mean_per_token(centred),
-        "advantage_std": np.full(len(tree.owner), initial.success.std(ddof=1) if G > 1 else 0.0),
-        "n_samples": visits.sum(1),
-    }
-    fields = {name: value.astype(np.float32) if value.dtype != bool else value for name, value in fields.items()}
-    return Position.create(teacher.log_p.astype(np.float32), teacher.log_q.astype(np.float32), **fields)
+    success = np.where(np.isfinite(estimate.value), estimate.value, 0.0)
+    fields = {"success": success, **samples.fields()}
+    fields = {name: _bucketed(value.astype(np.float32), 0.0) for name, value in fields.items()}
+    log_p, log_q = (_bucketed(x.astype(np.float32), -np.inf) for x in (teacher.log_p, teacher.log_q))
+    return Position.create(log_p, log_q, support=_bucketed(support_NK, False), **fields)
 
 
 def node_table(
@@ -111,6 +135,7 @@ def node_table(
     frames = []
     texts = [text_of(int(k)) for k in token]
     for name, teacher in teachers.items():
+        samples = Samples.gather(tree, initial, rewards_to_go[name])
         base = {
             "question": question,
             "path": path,
@@ -123,16 +148,13 @@ def node_table(
             "visits": counts.pooled.sum(1)[node],
             "p": np.exp(teacher.log_p[node, slot]),
             "q": np.exp(teacher.log_q[node, slot]),
-            "entropy_student": teacher.entropy_student[node],
-            "entropy_teacher": teacher.entropy_teacher[node],
-            **{key: values[node] for key, values in teacher.divergences.items()},
+            **{key: values[node] for key, values in teacher.per_node.items()},
         }
         for estimator, estimate in estimates.items():
             S = support(tree, counts, estimate, n_sig)
-            at = positions(tree, teacher, estimate, S, initial, rewards_to_go.get(name))
-            scores = node_alignment(_padded(at), known={k: _padded_known(v) for k, v in teacher.known.items()})
-            if name not in rewards_to_go:
-                scores |= {key: np.full(len(S), np.nan) for key in scores if key.startswith("align_minillm")}
+            at = positions(teacher, estimate, S, samples)
+            analytic = {form: (_bucketed(f, 0.0), fbar) for form, (f, fbar) in teacher.known.items()}
+            scores = node_alignment(at, known=analytic | samples.known(at))
             measured = {key: np.asarray(values, np.float32)[node] for key, values in scores.items()}
             size = S.sum(1)[node]
             spread = np.nan_to_num(measured["success_range"])
@@ -187,8 +209,8 @@ def token_table(
 def empty_nodes() -> pd.DataFrame:
     """Gives the node table of a run in which every question was excluded."""
     names = {"question": str, "path": int, "path_correct": bool, "t": int, "depth": float, "token": int, "text": str}
-    names |= {"teacher": str, "visits": int, "p": float, "q": float, "entropy_student": float, "entropy_teacher": float}
-    names |= dict.fromkeys(DIVERGENCES, float) | {"estimator": str, "decision": bool, "support": int}
+    names |= {"teacher": str, "visits": int, "p": float, "q": float}
+    names |= dict.fromkeys(PER_NODE, float) | {"estimator": str, "decision": bool, "support": int}
     names |= dict.fromkeys(("p_succ", "p_succ_low", "p_succ_high", "advantage", "success_range", "value"), float)
     for suffix in ("", "_restricted"):
         names |= {f"ideal_norm{suffix}": float}
@@ -197,23 +219,19 @@ def empty_nodes() -> pd.DataFrame:
 
 
 def _bucketed(array: np.ndarray, fill: float) -> np.ndarray:
-    # K differs from question to question; a multiple of 8 keeps the number of compilations small.
-    missing = -array.shape[1] % 8
-    return np.pad(array, [(0, 0), (0, missing)], constant_values=fill)
+    """Pads the token axis: K differs from question to question, a multiple of 8 keeps compilations few."""
+    if array.ndim == 1:
+        return array
+    return np.pad(array, [(0, 0), (0, -array.shape[1] % 8)], constant_values=fill)
 
 
-def _padded(at: Position) -> Position:
-    wide = {"log_p": -np.inf, "log_q": -np.inf, "support": False}
-    fields = {}
-    for name in at.__dataclass_fields__:
-        value = np.asarray(getattr(at, name))
-        fields[name] = value if value.ndim == 1 else _bucketed(value, wide.get(name, 0.0))
-    return Position(**fields)
+def _values(at: Position, form: str) -> np.ndarray:
+    return np.asarray(_vmapped(at, FORMS[form]))
 
 
-def _padded_known(known: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    f, fbar = known
-    return _bucketed(np.asarray(f, np.float32), 0.0), np.asarray(fbar, np.float32)
+@partial(jax.jit, static_argnames="form")
+def _vmapped(at: Position, form: Form) -> Float[Array, "N K"]:
+    return jax.vmap(form)(at)
 
 
 def watched_ids(

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.errors import InputError
-from jaxopd.models import Qwen, chat_tokens, check_vocabulary, load_model, load_tokenizer, stop_token_ids
+from jaxopd.models import Qwen, chat_tokens, check_model, check_vocabulary, load_model, load_tokenizer, stop_token_ids
 from jaxopd.rollouts import Engine, Sampling
 from jaxopd.runs import RunFolder
 from jaxopd.tasks import find_task
@@ -26,8 +26,13 @@ class Session:
     def __init__(self, config: DiagnoseConfig, out: str, progress: Progress):
         self.config, self.progress = config, progress
         self.teachers = {spec.name: spec for spec in parse_teachers(config.teacher)}
+        for name in self.teachers:
+            if "/" in name or name == "student":  # names become folders, and the student's is taken
+                raise InputError(f"--teacher {name}: found a slash or the name 'student', expected another name")
         self.task = find_task(config.task)
         self.questions: list[Question] = self.task.load(config.questions)[: config.limit]
+        if not self.questions:
+            raise InputError(f"{config.questions}: found no question, expected at least one")
         self.given = load_demonstrations(config.demonstrations) if config.demonstrations else None
         needs_large = [spec.name for spec in self.teachers.values() if spec.summarized or spec.source == "large"]
         if needs_large and config.large is None and self.given is None:
@@ -38,14 +43,17 @@ class Session:
         self.tokenizer = load_tokenizer(config.student)
         check_vocabulary(self.tokenizer, self.student.config, config.student)
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.config)
-        for path in {s.model for s in self.teachers.values() if s.model} | ({config.large} - {None}):
-            self._check_same_tokenizer(path)
+        others = {s.model for s in self.teachers.values() if s.model} | ({config.large} - {None})
+        contexts = {path: self._check(path) for path in sorted(others)} | {
+            config.student: self.student.config.max_positions
+        }
+        context = min(contexts[path] for path in (config.student, config.large) if path)
         self.prompts = [self.prompt(q.text) for q in self.questions]
         longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
-        if len(self.prompts[longest]) + 1 >= self.student.config.max_positions:
+        if len(self.prompts[longest]) + 1 >= context:
             raise InputError(
                 f"{config.questions}: question {self.questions[longest].id}: found a prompt of "
-                f"{len(self.prompts[longest])} tokens, expected under the context of {self.student.config.max_positions}"
+                f"{len(self.prompts[longest])} tokens, expected under the context of {context}"
             )
         self.run = RunFolder.create(out, dataclasses.asdict(config) | {"teacher": list(config.teacher)})
 
@@ -64,9 +72,13 @@ class Session:
             self._engines[path] = Engine(model, slots=self.config.slots)
         return self._engines[path]
 
-    def _check_same_tokenizer(self, path: str) -> None:
+    def _check(self, path: str) -> int:
+        """Checks a model that is loaded later; gives its context."""
+        model = check_model(path)
+        check_vocabulary(self.tokenizer, model, path)
         if load_tokenizer(path).get_vocab() != self.tokenizer.get_vocab():
             raise InputError(f"{path}: found another tokenizer than the student's, expected the same vocabulary")
+        return model.max_positions
 
     def prompt(self, message: str) -> list[int]:
         return chat_tokens(self.tokenizer, message, thinking=self.config.thinking)

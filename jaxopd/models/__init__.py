@@ -3,12 +3,13 @@
 from jaxopd.models.config import QwenConfig
 from jaxopd.models.qwen import Qwen, forward, hidden_states, init_model, linear, logits
 from jaxopd.models.tokenizer import chat_tokens, check_vocabulary, load_tokenizer, stop_token_ids
-from jaxopd.models.weights import load_checkpoint, load_model, save_checkpoint, save_model
+from jaxopd.models.weights import check_model, load_checkpoint, load_model, save_checkpoint, save_model
 
 __all__ = [
     "Qwen",
     "QwenConfig",
     "chat_tokens",
+    "check_model",
     "check_vocabulary",
     "forward",
     "hidden_states",

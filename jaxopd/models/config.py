@@ -59,7 +59,7 @@ class QwenConfig:
         path = Path(path)
         raw = read_json(path)
         model_type = raw.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if model_type not in list(ARCHITECTURES):
             raise InputError(
                 f"{path}: field model_type: found {model_type!r}, expected one of {', '.join(ARCHITECTURES)}"
             )
@@ -68,10 +68,7 @@ class QwenConfig:
                 raise InputError(f"{path}: field {name}: found {raw[name]!r}, expected {expected!r} (not supported)")
 
         def integer(name: str) -> int:
-            value = raw.get(name)
-            if type(value) is not int or value <= 0:
-                raise InputError(f"{path}: field {name}: found {value!r}, expected a positive integer")
-            return value
+            return _positive_integer(path, name, raw.get(name))
 
         heads, hidden, max_positions = (
             integer(name) for name in ("num_attention_heads", "hidden_size", "max_position_embeddings")
@@ -94,11 +91,11 @@ class QwenConfig:
             head_dim=head_dim,
             model_type=model_type,
             rope_theta=rope_theta,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive(path, "rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_positions=max_positions,
             yarn=yarn,
-            initializer_range=float(raw.get("initializer_range", 0.02)),
+            initializer_range=_positive(path, "initializer_range", raw.get("initializer_range", 0.02)),
             eos_token_ids=_eos_token_ids(path, raw),
         )
 
@@ -173,30 +170,45 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _rotary(path: Path, raw: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
     # transformers 5 keeps everything in rope_parameters, transformers 4 in rope_theta and rope_scaling.
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    if not isinstance(theta, int | float):
-        raise InputError(f"{path}: field rope_theta: found {theta!r}, expected a number (also in rope_parameters)")
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = raw.get(name) or {}
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: field {name}: found {value!r}, expected an object")
+        rope |= value
+    theta = _positive(path, "rope_theta", rope.get("rope_theta", raw.get("rope_theta")))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "yarn":
         raise InputError(f"{path}: field rope_type: found {kind!r}, expected 'default' or 'yarn'")
-    original = rope.get("original_max_position_embeddings") or max_positions
-    factor = rope.get("factor")
-    if not isinstance(factor, int | float):
-        raise InputError(f"{path}: field factor of rope_parameters: found {factor!r}, expected a number")
-    attention = rope.get("attention_factor")
-    if attention is None:
-        attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return float(theta), Yarn(
-        float(factor),
-        int(original),
-        float(attention),
-        float(rope.get("beta_fast") or 32.0),
-        float(rope.get("beta_slow") or 1.0),
+
+    def number(name: str, default: float | None = None) -> float:
+        return _positive(path, name, default if rope.get(name) is None else rope[name])
+
+    factor = number("factor")
+    return theta, Yarn(
+        factor,
+        _positive_integer(
+            path, "original_max_position_embeddings", rope.get("original_max_position_embeddings") or max_positions
+        ),
+        number("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
+        number("beta_fast", 32.0),
+        number("beta_slow", 1.0),
         bool(rope.get("truncate", True)),
     )
+
+
+def _positive(path: Path, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"{path}: field {name}: found {value!r}, expected a positive number")
+    return float(value)
+
+
+def _positive_integer(path: Path, name: str, value: Any) -> int:
+    if type(value) is not int or value <= 0:
+        raise InputError(f"{path}: field {name}: found {value!r}, expected a positive integer")
+    return value
 
 
 def _eos_token_ids(path: Path, raw: dict[str, Any]) -> tuple[int, ...]:
@@ -205,4 +217,6 @@ def _eos_token_ids(path: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     found = read_json(generation).get("eos_token_id") if generation.exists() else None
     found = raw.get("eos_token_id") if found is None else found
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    return tuple(int(i) for i in ids)
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise InputError(f"{path}: field eos_token_id: found {found!r}, expected token ids")
+    return tuple(ids)

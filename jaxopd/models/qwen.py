@@ -116,7 +116,9 @@ class Qwen(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.lm_head = None if config.tie_embeddings else Embedding(config, dtype, rngs)
 
-    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend) -> Float[Array, "B T D"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
+    ) -> Float[Array, "B T D"]:
         """Computes the hidden states after the final norm."""
         x = self.embed_tokens.weight[...][tokens]
         rotary = rotary_tables(self.config, positions)

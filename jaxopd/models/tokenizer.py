@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from jaxopd.errors import InputError
@@ -32,12 +33,18 @@ def check_vocabulary(tokenizer: Any, config: QwenConfig, path: str | Path) -> No
 def chat_tokens(tokenizer: Any, message: str, *, thinking: bool | None = None) -> list[int]:
     """Applies the chat template to one user message and opens the assistant's turn.
 
-    `thinking` None leaves the template's own default; True and False set `enable_thinking`.
+    `thinking` None leaves the template's own default; True and False set `enable_thinking`. Raises InputError
+    where the tokenizer has no template that can be filled.
     """
     options = {} if thinking is None else {"enable_thinking": thinking}
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True, **options
-    )
+    messages = [{"role": "user", "content": message}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except (ValueError, TemplateError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{tokenizer.name_or_path}: found no usable chat template ({reason}), expected one with the tokenizer"
+        ) from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -18,6 +18,7 @@ from jaxopd.models.config import QwenConfig, read_json
 from jaxopd.models.qwen import Qwen
 
 DTYPES = ("float32", "bfloat16")
+STORED = ("F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
 
 
@@ -30,13 +31,7 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> Qwen:
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
-    folder = resolve(path)
-    config = QwenConfig.from_json(folder / "config.json")
-    abstract = nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
-    wanted = {hf_name(p): v for p, v in nnx.to_flat_state(state)}
-    files = _locate(folder)
-    _check_shapes(folder, files, wanted)
+    graph, state, wanted, files = _plan(path, dtype)
     loaded = {}
     for name in sorted(wanted, key=lambda n: -np.prod(wanted[n].shape)):
         # Reopened per tensor: the pages of a mapped file count as memory until it is closed.
@@ -44,6 +39,11 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> Qwen:
             loaded[name] = jax.block_until_ready(jnp.array(file.get_tensor(name), dtype=dtype))
     flat = [(p, v.replace(loaded.pop(hf_name(p)))) for p, v in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def check_model(path: str | Path) -> QwenConfig:
+    """Reads a checkpoint's config and headers, no tensor; raises InputError where `load_model` would."""
+    return nnx.merge(*_plan(path, "float32")[:2]).config
 
 
 def save_model(model: Qwen, path: str | Path, *, tokenizer: Any = None) -> None:
@@ -104,6 +104,17 @@ def resolve(path: str | Path) -> Path:
         raise InputError(f"{path}: found no such folder and the hub gave none ({reason})") from None
 
 
+def _plan(path: str | Path, dtype: str) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any], dict[str, Path]]:
+    """Gives the module without arrays, the shape of each tensor and the file that holds it."""
+    folder = resolve(path)
+    config = QwenConfig.from_json(folder / "config.json")
+    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0))))
+    wanted = {hf_name(p): v for p, v in nnx.to_flat_state(state)}
+    files = _locate(folder)
+    _check_tensors(folder, files, wanted)
+    return graph, state, wanted, files
+
+
 def _locate(folder: Path) -> dict[str, Path]:
     """Maps each stored tensor to its file."""
     if (folder / INDEX).exists():
@@ -119,7 +130,7 @@ def _locate(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _check_shapes(folder: Path, files: dict[str, Path], wanted: dict[str, Any]) -> None:
+def _check_tensors(folder: Path, files: dict[str, Path], wanted: dict[str, Any]) -> None:
     missing = sorted(set(wanted) - set(files))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -130,7 +141,10 @@ def _check_shapes(folder: Path, files: dict[str, Path], wanted: dict[str, Any]) 
             for name in (n for n in wanted if files[n] == file):
                 if name not in stored:
                     raise InputError(f"{file}: found no tensor {name}, expected it there by {INDEX}")
-                shape = tuple(opened.get_slice(name).get_shape())
+                stored_as = opened.get_slice(name)
+                shape, kind = tuple(stored_as.get_shape()), stored_as.get_dtype()
+                if kind not in STORED:
+                    raise InputError(f"{file}: tensor {name}: found {kind}, expected one of {', '.join(STORED)}")
                 if shape != wanted[name].shape:
                     raise InputError(f"{file}: tensor {name}: found shape {shape}, expected {wanted[name].shape}")
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxopd.errors import InputError
+from jaxopd.tasks.records import decode
 from jaxopd.types import Question
 
 FLAVOURS = ("boolean", "choice", "chain")
@@ -187,7 +188,7 @@ class Toy:
 
 def _read_jsonl(path: Path) -> list[Question]:
     questions = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(decode(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -222,5 +223,5 @@ def render_context(kind: str, correct: Sequence[str], wrong: Sequence[str]) -> s
 
 
 def summarize_prompt(solution: str, question: Question) -> str:
-    """Return the user message that asks for a solution's short form, its results and answer: ``a 1 b 0 answer zero C``."""
+    """Return the user message that asks for a solution's results and answer: ``a 1 b 0 answer zero C``."""
     return f"summarize {question.text} solution {solution}"

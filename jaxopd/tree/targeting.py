@@ -31,8 +31,8 @@ def paper_targets(
     visits: Int[np.ndarray, "N K"],
     *,
     tau: float = 0.02,
-    by_gradient: int = 10,
-    by_difference: int = 10,
+    by_gradient: int = 5,
+    by_difference: int = 5,
     n_min: int = 100,
     window: int = 50,
 ) -> Targets:

@@ -1,66 +1,61 @@
-"""The public operations and the table of their implementations."""
+"""The two nouns of the package: what is known about a row from the logits of one model, or of two."""
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass
 
+import jax
 from jaxtyping import Array, Float, Int
 
-from jaxopd_kernels import xla
-from jaxopd_kernels.results import HeadStatistics, PairStatistics
 
-# log P [V], log Q [V] -> f [V]
-VocabularyForm = Callable[[Array, Array], Array]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairStatistics:
+    """Student P against teacher Q at T rows, over the common vocabulary, temperature 1, nats, float32.
 
-# Operation -> implementation name -> function. The first of each is the default.
-IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable]] = MappingProxyType(
-    {
-        "head_statistics": {"xla": xla.head_statistics, "xla_materialized": xla.head_statistics_materialized},
-        "pair_statistics": {"xla": xla.pair_statistics, "xla_materialized": xla.pair_statistics_materialized},
-    }
-)
-
-
-def head_statistics(
-    hidden: Float[Array, "T D"],
-    head: Float[Array, "V D"],
-    ids: Int[Array, "T K"],
-    *,
-    k: int = 0,
-    vocab_size: int | None = None,
-    implementation: str | None = None,
-) -> HeadStatistics:
-    """Computes log-sum-exp, entropy, the k likeliest tokens and log-probs at `ids` of softmax(hidden head^T).
-
-    Logits are float32 and never [T, V] in memory under the default implementation. Rows of the head from
-    `vocab_size` on are padding. Raises ValueError on an unknown implementation.
+    logsumexp_*      [T]  log of the sum of exp(logits)
+    entropy_*        [T]  -sum P log P
+    reverse_kl       [T]  KL(P || Q)
+    forward_kl       [T]  KL(Q || P)
+    js               [T]  KL(P || M) / 2 + KL(Q || M) / 2 with M = (P + Q) / 2
+    total_variation  [T]  sum |P - Q| / 2
+    l2               [T]  ||P - Q||
+    cosine           [T]  P.Q / (||P|| ||Q||)
+    variance         [T]  variance under P of log Q - log P
+    gradient_norm    [T]  ||P (f - fbar)|| with f = log Q - log P, the reverse-KL gradient in the student's logits
+    log_p, log_q     [T, K] at the given ids; -inf where the id is outside the common vocabulary (padding is -1)
+    f                [T, F, K] each extra form at the ids; 0 where the id is outside
+    fbar             [T, F] its mean under P over the whole common vocabulary
     """
-    return _find("head_statistics", implementation)(hidden, head, ids, k, vocab_size or head.shape[0])
+
+    logsumexp_student: Float[Array, "T"]
+    logsumexp_teacher: Float[Array, "T"]
+    entropy_student: Float[Array, "T"]
+    entropy_teacher: Float[Array, "T"]
+    reverse_kl: Float[Array, "T"]
+    forward_kl: Float[Array, "T"]
+    js: Float[Array, "T"]
+    total_variation: Float[Array, "T"]
+    l2: Float[Array, "T"]
+    cosine: Float[Array, "T"]
+    variance: Float[Array, "T"]
+    gradient_norm: Float[Array, "T"]
+    log_p: Float[Array, "T K"]
+    log_q: Float[Array, "T K"]
+    f: Float[Array, "T F K"]
+    fbar: Float[Array, "T F"]
 
 
-def pair_statistics(
-    hidden_s: Float[Array, "T Ds"],
-    head_s: Float[Array, "Vs Ds"],
-    hidden_t: Float[Array, "T Dt"],
-    head_t: Float[Array, "Vt Dt"],
-    ids: Int[Array, "T K"],
-    *,
-    forms: Sequence[VocabularyForm] = (),
-    vocab_size: int | None = None,
-    implementation: str | None = None,
-) -> PairStatistics:
-    """Compares student and teacher over the vocabulary in one pass over both heads.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadStatistics:
+    """One model at T rows, over its vocabulary, temperature 1, nats, float32.
 
-    Both distributions live on the first `vocab_size` tokens, by default those that both heads have, and are
-    normalised there. Logits are float32 and never [T, V] in memory under the default implementation. Raises
-    ValueError on an unknown implementation.
+    logsumexp, entropy  [T]
+    top_ids, top_log_p  [T, k] the k most probable tokens, best first, ties by lower id
+    log_p               [T, K] at the given ids; -inf where the id is outside the vocabulary (padding is -1)
     """
-    V = vocab_size or min(head_s.shape[0], head_t.shape[0])
-    return _find("pair_statistics", implementation)(hidden_s, head_s, hidden_t, head_t, ids, tuple(forms), V)
 
-
-def _find(operation: str, implementation: str | None) -> Callable:
-    table = IMPLEMENTATIONS[operation]
-    name = implementation or next(iter(table))
-    if name not in table:
-        raise ValueError(f"implementation: found {name!r}, expected one of {', '.join(table)}")
-    return table[name]
+    logsumexp: Float[Array, "T"]
+    entropy: Float[Array, "T"]
+    top_ids: Int[Array, "T k"]
+    top_log_p: Float[Array, "T k"]
+    log_p: Float[Array, "T K"]

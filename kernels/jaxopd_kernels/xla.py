@@ -1,4 +1,4 @@
-"""The XLA implementations: one row at a time by definition, chunks of rows in practice."""
+"""The XLA implementations: one in row chunks that never holds [T, V], one that does and follows the textbook."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,114 +6,131 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxopd_kernels.results import HeadStatistics, PairStatistics
+from jaxopd_kernels.rows import VocabularyForm, at_ids, head_rows, pair_rows, stack_forms
+from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
 
-Stats = TypeVar("Stats", HeadStatistics, PairStatistics)
-CHUNK_BYTES = 1 << 26  # of float32 logits held at once per model, 64 MiB
+# Float32 logits of one chunk of rows. At V = 151,936 it gives 256 rows of two models, enough to keep the two matrix
+# products bound by arithmetic and not by reading the heads (an H200 needs about 184 rows).
+CHUNK_BYTES = 512 << 20
 
-
-def head_statistics(hidden: Array, head: Array, ids: Array, k: int, vocab_size: int) -> HeadStatistics:
-    """The reference, in chunks of rows."""
-    row = partial(_head_row, k=k)
-    return _chunked(lambda h, i: jax.vmap(row)(_logits(h, head[:vocab_size]), i), vocab_size, hidden, ids)
+Statistics = TypeVar("Statistics", PairStatistics, HeadStatistics)
 
 
-def head_statistics_materialized(
-    hidden: Array, head: Array, ids: Array, k: int, vocab_size: int
-) -> HeadStatistics:
-    """The reference with all logits [T, V] at once."""
-    return jax.vmap(partial(_head_row, k=k))(_logits(hidden, head[:vocab_size]), ids)
+def logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"], vocab_size: int) -> Float[Array, "T V"]:
+    """Multiplies hidden states by the head's first vocab_size rows, accumulating and returning float32."""
+    dtype = jnp.promote_types(hidden.dtype, head.dtype)
+    precision = "highest" if dtype == jnp.float32 else None  # otherwise TPUs and GPUs round float32 inputs
+    z = jnp.einsum(
+        "td,vd->tv", hidden.astype(dtype), head.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+    return z[:, :vocab_size]
+
+
+def rows_per_chunk(row_bytes: int, chunk_bytes: int) -> int:
+    """Gives the largest power of two of rows whose logits fit in the budget, at least 1."""
+    return 1 << max(0, (chunk_bytes // row_bytes).bit_length() - 1)
+
+
+def _in_chunks(function: Callable[..., Statistics], arrays: tuple[Array, ...], rows: int) -> Statistics:
+    """Applies a function of rows to `rows` of them at a time, padding the last chunk with zeros."""
+    T = arrays[0].shape[0]
+    if rows >= T:
+        return function(*arrays)
+    chunks = -(-T // rows)
+
+    def split(x: Array) -> Array:
+        return jnp.pad(x, ((0, chunks * rows - T), (0, 0))).reshape(chunks, rows, -1)
+
+    mapped = jax.lax.map(lambda chunk: function(*chunk), jax.tree.map(split, arrays))
+    return jax.tree.map(lambda x: x.reshape(chunks * rows, *x.shape[2:])[:T], mapped)
 
 
 def pair_statistics(
-    hidden_s: Array, head_s: Array, hidden_t: Array, head_t: Array, ids: Array, forms: tuple, vocab_size: int
+    hidden_s: Float[Array, "T Ds"],
+    head_s: Float[Array, "Vs Ds"],
+    hidden_t: Float[Array, "T Dt"],
+    head_t: Float[Array, "Vt Dt"],
+    ids: Int[Array, "T K"],
+    vocab_size: int,
+    forms: tuple[VocabularyForm, ...],
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> PairStatistics:
-    """The reference, in chunks of rows."""
+    """Computes the statistics of two models a chunk of rows at a time."""
 
-    def chunk(h_s: Array, h_t: Array, i: Array) -> PairStatistics:
-        return pair_statistics_materialized(h_s, head_s, h_t, head_t, i, forms, vocab_size)
+    def chunk(hidden_s: Array, hidden_t: Array, ids: Array) -> PairStatistics:
+        return pair_rows(logits(hidden_s, head_s, vocab_size), logits(hidden_t, head_t, vocab_size), ids, forms)
 
-    return _chunked(chunk, vocab_size, hidden_s, hidden_t, ids)
+    rows = rows_per_chunk(4 * (head_s.shape[0] + head_t.shape[0]), chunk_bytes)
+    return _in_chunks(chunk, (hidden_s, hidden_t, ids), rows)
+
+
+def head_statistics(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    ids: Int[Array, "T K"],
+    k: int,
+    vocab_size: int,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> HeadStatistics:
+    """Computes the statistics of one model a chunk of rows at a time."""
+
+    def chunk(hidden: Array, ids: Array) -> HeadStatistics:
+        return head_rows(logits(hidden, head, vocab_size), ids, k)
+
+    return _in_chunks(chunk, (hidden, ids), rows_per_chunk(4 * head.shape[0], chunk_bytes))
 
 
 def pair_statistics_materialized(
-    hidden_s: Array, head_s: Array, hidden_t: Array, head_t: Array, ids: Array, forms: tuple, vocab_size: int
+    hidden_s: Float[Array, "T Ds"],
+    head_s: Float[Array, "Vs Ds"],
+    hidden_t: Float[Array, "T Dt"],
+    head_t: Float[Array, "Vt Dt"],
+    ids: Int[Array, "T K"],
+    vocab_size: int,
+    forms: tuple[VocabularyForm, ...],
 ) -> PairStatistics:
-    """The reference with all logits [T, V] of both models at once."""
-    z_s, z_t = _logits(hidden_s, head_s[:vocab_size]), _logits(hidden_t, head_t[:vocab_size])
-    return jax.vmap(partial(_pair_row, forms=forms))(z_s, z_t, ids)
-
-
-def _logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"]) -> Float[Array, "T V"]:
-    precision = lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum("TD,VD->TV", hidden, head, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _chunked(work: Callable[..., Stats], vocab_size: int, *rows: Array) -> Stats:
-    """Applies `work` to blocks of rows, one block after the other."""
-    T = rows[0].shape[0]
-    size = max(1, min(T, CHUNK_BYTES // (4 * vocab_size)))
-    blocks = -(-T // size)
-    if blocks == 1:
-        return work(*rows)
-
-    def blocked(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, blocks * size - T)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(blocks, size, *x.shape[1:])
-
-    out = lax.map(lambda block: work(*block), tuple(blocked(x) for x in rows))
-    return jax.tree.map(lambda x: x.reshape(blocks * size, *x.shape[2:])[:T], out)
-
-
-def _log_softmax(z: Float[Array, " V"]) -> tuple[Array, Array]:
-    lse = jax.nn.logsumexp(z)
-    return z - lse, lse
-
-
-def _at(values: Float[Array, " V"], ids: Int[Array, " K"], missing: float) -> Float[Array, " K"]:
-    return jnp.where(ids >= 0, values[jnp.maximum(ids, 0)], missing)
-
-
-def _mean(p: Float[Array, " V"], x: Float[Array, " V"]) -> Float[Array, ""]:
-    """sum_k p_k x_k with 0 * inf = 0, for tokens of probability zero."""
-    return jnp.sum(jnp.where(p > 0, p * x, 0.0))
-
-
-def _head_row(z: Float[Array, " V"], ids: Int[Array, " K"], *, k: int) -> HeadStatistics:
-    log_p, lse = _log_softmax(z)
-    top_log_p, top_ids = lax.top_k(log_p, k)
-    return HeadStatistics(lse, -_mean(jnp.exp(log_p), log_p), top_ids, top_log_p, _at(log_p, ids, -jnp.inf))
-
-
-def _pair_row(z_s: Float[Array, " V"], z_t: Float[Array, " V"], ids: Int[Array, " K"], *, forms: tuple) -> PairStatistics:
-    (log_p, lse_s), (log_q, lse_t) = _log_softmax(z_s), _log_softmax(z_t)
+    """Computes the same from all [T, V] logits by the definitions; its small divergences are only good to 1e-5."""
+    z_s, z_t = logits(hidden_s, head_s, vocab_size), logits(hidden_t, head_t, vocab_size)
+    log_p, log_q = jax.nn.log_softmax(z_s), jax.nn.log_softmax(z_t)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
-    # One difference per token before any sum: two separate sums would cancel badly where P is close to Q.
-    ratio = jnp.where(p > 0, log_q - log_p, 0.0)
-    reverse_kl = -_mean(p, ratio)
-    forward_kl = _mean(q, log_q - log_p)
-    log_mixture = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
-    js = 0.5 * (_mean(p, log_p - log_mixture) + _mean(q, log_q - log_mixture))
-    centred = ratio + reverse_kl
-    fs = [form(log_p, log_q) for form in forms]
+    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+    f = log_q - log_p
+    fbar = jnp.sum(p * f, axis=-1, keepdims=True)
+    values = [jax.vmap(form)(log_p, log_q) for form in forms]
+    total = partial(jnp.sum, axis=-1)
     return PairStatistics(
-        lse_s=lse_s,
-        lse_t=lse_t,
-        entropy_s=-_mean(p, log_p),
-        entropy_t=-_mean(q, log_q),
-        reverse_kl=reverse_kl,
-        forward_kl=forward_kl,
-        js=js,
-        total_variation=0.5 * jnp.sum(jnp.abs(p - q)),
-        l2=jnp.sqrt(jnp.sum((p - q) ** 2)),
-        cosine=jnp.sum(p * q) / (jnp.sqrt(jnp.sum(p * p)) * jnp.sqrt(jnp.sum(q * q))),
-        log_ratio_variance=_mean(p, centred**2),
-        gradient_norm=jnp.sqrt(jnp.sum(jnp.where(p > 0, p * centred, 0.0) ** 2)),
-        log_p=_at(log_p, ids, -jnp.inf),
-        log_q=_at(log_q, ids, -jnp.inf),
-        form_f=tuple(_at(f, ids, 0.0) for f in fs),
-        form_fbar=tuple(_mean(p, f) for f in fs),
+        logsumexp_student=jax.nn.logsumexp(z_s, axis=-1),
+        logsumexp_teacher=jax.nn.logsumexp(z_t, axis=-1),
+        entropy_student=-total(p * log_p),
+        entropy_teacher=-total(q * log_q),
+        reverse_kl=total(p * (log_p - log_q)),
+        forward_kl=total(q * (log_q - log_p)),
+        js=total(p * (log_p - log_m) + q * (log_q - log_m)) / 2,
+        total_variation=total(jnp.abs(p - q)) / 2,
+        l2=jnp.linalg.norm(p - q, axis=-1),
+        cosine=total(p * q) / (jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)),
+        variance=total(p * (f - fbar) ** 2),
+        gradient_norm=jnp.linalg.norm(p * (f - fbar), axis=-1),
+        log_p=at_ids(log_p, ids, -jnp.inf),
+        log_q=at_ids(log_q, ids, -jnp.inf),
+        f=stack_forms([at_ids(f, ids, 0.0) for f in values], ids.shape),
+        fbar=stack_forms([total(p * f) for f in values], ids.shape[:1]),
+    )
+
+
+def head_statistics_materialized(
+    hidden: Float[Array, "T D"], head: Float[Array, "V D"], ids: Int[Array, "T K"], k: int, vocab_size: int
+) -> HeadStatistics:
+    """Computes the same from all [T, V] logits by the definitions."""
+    z = logits(hidden, head, vocab_size)
+    log_p = jax.nn.log_softmax(z)
+    top_log_p, top_ids = jax.lax.top_k(log_p, k)
+    return HeadStatistics(
+        logsumexp=jax.nn.logsumexp(z, axis=-1),
+        entropy=-jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
+        top_ids=top_ids,
+        top_log_p=top_log_p,
+        log_p=at_ids(log_p, ids, -jnp.inf),
     )

@@ -1,0 +1,81 @@
+"""Responses after a prompt: the hidden states that predict their tokens, and their tokens' log-probs."""
+
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxopd_kernels import head_statistics
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxopd import scoring
+from jaxopd.errors import InputError
+from jaxopd.models import Qwen, forward, hidden_states
+
+TOKENS_AT_ONCE = 16384  # of a forward pass, padding included
+
+
+def response_hidden(
+    model: Qwen, prompt: Sequence[int], responses: Int[np.ndarray, "G S"]
+) -> Float[np.ndarray, "G S D"]:
+    """Computes the hidden states that predict each token of `responses` (-1: padding) after `prompt`.
+
+    Rows past a response's end are finite and meaningless. Raises InputError beyond the model's context.
+    """
+    start, S = len(prompt) - 1, responses.shape[1]
+    parts = [
+        np.asarray(hidden_states(model, tokens, mask))[:rows, start : start + S]
+        for tokens, mask, rows in _batches(model, prompt, responses)
+    ]
+    return np.concatenate(parts)
+
+
+def response_log_probs(
+    model: Qwen, prompt: Sequence[int], responses: Int[np.ndarray, "G S"]
+) -> Float[np.ndarray, "G S"]:
+    """Computes the log-prob of each token of `responses` (-1: padding, 0 there) after `prompt`."""
+    start, S = len(prompt) - 1, responses.shape[1]
+    parts = [
+        np.asarray(_next_log_probs(model, jnp.asarray(tokens), jnp.asarray(mask)))[:rows, start : start + S]
+        for tokens, mask, rows in _batches(model, prompt, responses)
+    ]
+    return np.where(responses >= 0, np.concatenate(parts), 0.0).astype(np.float32)
+
+
+def token_log_probs(
+    model: Qwen, hidden: Float[np.ndarray, "T D"], ids: Int[np.ndarray, "T K"]
+) -> Float[np.ndarray, "T K"]:
+    """Gives the log-probs at `ids` from hidden states, -inf where the id is -1."""
+    return np.asarray(scoring.score_tokens(model, hidden, ids).log_p)
+
+
+@nnx.jit
+def _next_log_probs(model: Qwen, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T1"]:
+    # The head is applied inside the same computation: hidden states of all rollouts would be large to move.
+    hidden = forward(model, tokens, mask)[:, :-1]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return head_statistics(flat, model.head(), ids=tokens[:, 1:].reshape(-1, 1)).log_p.reshape(hidden.shape[:2])
+
+
+def _batches(
+    model: Qwen, prompt: Sequence[int], responses: Int[np.ndarray, "G S"]
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yields (tokens, mask, real rows): prompt and response side by side, both axes padded to few sizes."""
+    G, S = responses.shape
+    context = model.config.max_positions
+    if len(prompt) + S > context:
+        raise InputError(f"prompt: found {len(prompt)} tokens before a response of {S}, expected {context} in all")
+    width = _bucket(len(prompt) + S)
+    size = max(1, min(_bucket(G), TOKENS_AT_ONCE // width))
+    for low in range(0, G, size):
+        part = responses[low : low + size]
+        tokens, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
+        tokens[:, : len(prompt)], mask[:, : len(prompt)] = np.asarray(prompt)[None], True
+        here = slice(len(prompt), len(prompt) + S)
+        tokens[: len(part), here], mask[: len(part), here] = np.maximum(part, 0), part >= 0
+        yield tokens, mask, len(part)
+
+
+def _bucket(n: int) -> int:
+    """Rounds up to a power of two of at least 8, or beyond 4096 to a multiple of it."""
+    return 1 << (max(n, 8) - 1).bit_length() if n <= 4096 else -(-n // 4096) * 4096

@@ -1,0 +1,136 @@
+"""Statistics of logits that are in memory: a few rows at a time, whole vocabulary, accurate in float32.
+
+Divergences are summed in forms whose every summand is >= 0, from x = log P - log Q taken as
+(z_s - z_t) - log(Z_s / Z_t). Nothing cancels: they cannot come out negative, an error in log(Z_s / Z_t) enters only
+at second order, and a KL of 1e-8 keeps its digits (the textbook sum P log(P / Q) loses them below 1e-5).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
+
+# (log_p [V], log_q [V]) -> f [V]
+VocabularyForm = Callable[[Array, Array], Array]
+
+SERIES_RADIUS = 0.25  # where |x| is smaller, the summands come from their Taylor series
+GROUP = 64  # columns per group in top_k; near sqrt(V / k) for V = 151,936 and k = 32
+
+
+class _Softmax(NamedTuple):
+    largest: Float[Array, "T 1"]
+    weights: Float[Array, "T V"]  # exp(z - largest)
+    total: Float[Array, "T 1"]  # their sum
+    entropy: Float[Array, "T"]
+
+    @property
+    def logsumexp(self) -> Float[Array, "T"]:
+        return (self.largest + jnp.log(self.total))[:, 0]
+
+    def log_probability(self, z: Float[Array, "T K"]) -> Float[Array, "T K"]:
+        return (z - self.largest) - jnp.log(self.total)
+
+
+def _softmax(z: Float[Array, "T V"]) -> _Softmax:
+    largest = jnp.max(z, axis=-1, keepdims=True)
+    weights = jnp.exp(z - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    below = jnp.sum(jnp.where(weights > 0, weights * (z - largest), 0.0), axis=-1, keepdims=True)
+    return _Softmax(largest, weights, total, (jnp.log(total) - below / total)[:, 0])
+
+
+def _kl_summand(p: Array, q: Array, x: Array) -> Array:
+    """q - p + p x with x = log(p / q): >= 0, and its sum over the vocabulary is KL(P || Q)."""
+    series = x * x * (1 / 2 - x * (1 / 6 - x * (1 / 24 - x * (1 / 120 - x * (1 / 720 - x / 5040)))))
+    return jnp.where(jnp.abs(x) < SERIES_RADIUS, p * series, jnp.maximum(q - p + p * x, 0.0))
+
+
+def _js_summand(p: Array, q: Array, x: Array) -> Array:
+    """m (log 2 - H(sigmoid x)), m = (p + q) / 2, H the binary entropy: >= 0, and its sum is the JS divergence."""
+    half = jnp.minimum(jnp.abs(x) / 2, 40.0)
+    small = jnp.exp(-2 * half)
+    exact = jnp.log(2.0) - jnp.log1p(small) - 2 * half * small / (1 + small)
+    h2 = half * half
+    series = h2 * (1 / 2 - h2 * (1 / 4 - h2 * (1 / 9 - h2 * (17 / 360))))
+    return (p + q) / 2 * jnp.where(half < SERIES_RADIUS, series, exact)
+
+
+def at_ids(values: Float[Array, "T V"], ids: Int[Array, "T K"], outside: float) -> Float[Array, "T K"]:
+    """Takes values at the ids, and `outside` where an id is no column."""
+    inside = (ids >= 0) & (ids < values.shape[-1])
+    return jnp.where(inside, jnp.take_along_axis(values, jnp.where(inside, ids, 0), axis=-1), outside)
+
+
+def stack_forms(values: list[Array], shape: tuple[int, ...]) -> Float[Array, "T F *K"]:
+    """Joins one array [T, ...] per form along a second axis, which is empty if there are no forms."""
+    return jnp.stack(values, axis=1) if values else jnp.zeros((shape[0], 0, *shape[1:]), jnp.float32)
+
+
+def pair_rows(
+    z_s: Float[Array, "T V"], z_t: Float[Array, "T V"], ids: Int[Array, "T K"], forms: tuple[VocabularyForm, ...] = ()
+) -> PairStatistics:
+    """Computes the statistics of student and teacher logits; -inf marks a token that both models exclude."""
+    student, teacher = _softmax(z_s), _softmax(z_t)
+    e_s, e_t = student.weights, teacher.weights
+    gap = jnp.where((e_s > 0) | (e_t > 0), (z_s - z_t) - (student.largest - teacher.largest), 0.0)
+    mean_gap = jnp.sum(e_s * gap, axis=-1, keepdims=True) / student.total
+
+    p, q = e_s / student.total, e_t / teacher.total
+    x = gap - jnp.log(student.total / teacher.total)
+    centred = gap - mean_gap  # fbar - f
+    norms = jnp.sqrt(jnp.sum(p * p, axis=-1)) * jnp.sqrt(jnp.sum(q * q, axis=-1))
+    log_p, log_q = student.log_probability(z_s), teacher.log_probability(z_t)
+    values = [jax.vmap(form)(log_p, log_q) for form in forms]
+    return PairStatistics(
+        logsumexp_student=student.logsumexp,
+        logsumexp_teacher=teacher.logsumexp,
+        entropy_student=student.entropy,
+        entropy_teacher=teacher.entropy,
+        reverse_kl=jnp.sum(_kl_summand(p, q, x), axis=-1),
+        forward_kl=jnp.sum(_kl_summand(q, p, -x), axis=-1),
+        js=jnp.sum(_js_summand(p, q, x), axis=-1),
+        total_variation=jnp.sum(jnp.abs(p - q), axis=-1) / 2,
+        l2=jnp.sqrt(jnp.sum((p - q) ** 2, axis=-1)),
+        cosine=jnp.minimum(jnp.sum(p * q, axis=-1) / norms, 1.0),
+        variance=jnp.sum(p * centred**2, axis=-1),
+        gradient_norm=jnp.sqrt(jnp.sum((p * centred) ** 2, axis=-1)),
+        log_p=student.log_probability(at_ids(z_s, ids, -jnp.inf)),
+        log_q=teacher.log_probability(at_ids(z_t, ids, -jnp.inf)),
+        f=stack_forms([at_ids(f, ids, 0.0) for f in values], ids.shape),
+        fbar=stack_forms([jnp.sum(jnp.where(p > 0, p * f, 0.0), axis=-1) for f in values], ids.shape[:1]),
+    )
+
+
+def head_rows(z: Float[Array, "T V"], ids: Int[Array, "T K"], k: int = 0) -> HeadStatistics:
+    """Computes the statistics of one model's logits; -inf marks an excluded token."""
+    softmax = _softmax(z)
+    top_z, top_ids = top_k(z, k)
+    return HeadStatistics(
+        logsumexp=softmax.logsumexp,
+        entropy=softmax.entropy,
+        top_ids=top_ids,
+        top_log_p=softmax.log_probability(top_z),
+        log_p=softmax.log_probability(at_ids(z, ids, -jnp.inf)),
+    )
+
+
+def top_k(z: Float[Array, "T V"], k: int) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+    """Finds the k largest entries of each row, best first, ties by lower id, and their ids; exact.
+
+    The k largest lie in the k groups of GROUP columns with the largest maxima (again ties by lower index), so only
+    V / GROUP maxima and k GROUP candidates are ever sorted.
+    """
+    rows, columns = z.shape
+    groups = -(-columns // GROUP)
+    if groups <= 2 * k or k == 0:
+        return jax.lax.top_k(z, k)
+    grouped = jnp.pad(z, ((0, 0), (0, groups * GROUP - columns)), constant_values=-jnp.inf).reshape(rows, groups, GROUP)
+    _, best = jax.lax.top_k(jnp.max(grouped, axis=-1), k)
+    best = jnp.sort(best, axis=-1)  # candidates in the order of their ids, so that ties still go to the lower one
+    candidates = jnp.take_along_axis(grouped, best[:, :, None], axis=1).reshape(rows, k * GROUP)
+    values, where = jax.lax.top_k(candidates, k)
+    return values, jnp.take_along_axis(best, where // GROUP, axis=1) * GROUP + where % GROUP
