@@ -1,7 +1,6 @@
 """Whole diagnoses of BoolQ, MMLU and AIME files with Qwen3's own tokenizer, its template and its 151,936 rows."""
 
 import runpy
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +18,7 @@ TOKENIZER = SHARED / "tokenizer" / "qwen3_hf"
 MAKE = runpy.run_path(str(Path(__file__).with_name("make_checkpoint.py")))
 PRODUCED = 151669  # ids from here on have a row in the model and no text in the tokenizer
 SILENT = 151900
-END, NEWLINE = 151645, 198
-# How an answering model goes on after a token: {next token: log weight}; -1 stands for the other 151,900 tokens.
+# How an answering model goes on after a token: {next token: log weight}.
 ANSWERS = (" True", " False", " A", " B", " C", " D")
 CHAIN = {
     "\n": {"The": 1.0, "So": 0.0, "\n": -4.0},
@@ -86,12 +84,12 @@ def diagnose(out, student, task, questions, *teachers, **budgets):
         "student": student,
         "task": task,
         "questions": SHARED / "data" / questions,
-        "limit": 3,
-        "rollouts": 24,
-        "max-tokens": 16,
-        "by-gradient": 2,
-        "by-difference": 2,
-        "n-min": 12,
+        "limit": 2,
+        "rollouts": 32,
+        "max-tokens": 10,
+        "by-gradient": 1,
+        "by-difference": 1,
+        "n-min": 8,
         "n-sig": 3,
         "demonstration-trials": 20,
         "slots": 32,
@@ -102,32 +100,33 @@ def diagnose(out, student, task, questions, *teachers, **budgets):
 
 
 def records(out):
-    return {name: pd.read_parquet(out / "records" / f"{name}.parquet") for name in ("questions", "paths", "nodes", "tokens")}
+    return {file.stem: pd.read_parquet(file) for file in (out / "records").iterdir()}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_random_model_is_reported_as_excluded(name, random_checkpoint, tmp_path):
     task, questions = FILES[name]
     out = tmp_path / "run"
-    assert diagnose(out, random_checkpoint, task, questions, "Self-1C=self:1c", f"T={random_checkpoint}", rollouts=8) == 0
+    teachers = ("Self-1C=self:1c", f"T={random_checkpoint}")
+    assert diagnose(out, random_checkpoint, task, questions, *teachers, rollouts=4) == 0
     found = records(out)
-    assert len(found["questions"]) == 3
+    assert len(found["questions"]) == 2
     assert set(found["questions"]["excluded"]) == {"none correct"}
     assert (found["questions"]["pass_rate"] == 0).all()
     assert (found["questions"]["prompt"].str.len() > 50).all()
     assert not len(found["nodes"])
     page = (out / "report" / "report.html").read_text()
-    assert "3 of 3 questions are excluded" in page
-    assert "3 none correct" in page
+    assert "2 of 2 questions are excluded" in page
+    assert "2 none correct" in page
     assert "none correct" in (out / "report" / "tables.md").read_text()
 
 
 @pytest.mark.parametrize("task, questions", [FILES["boolq"], FILES["mmlu"]])
 def test_answering_model_is_analysed(task, questions, answering, tmp_path):
     student, other = answering
-    teachers = ("Self-1C=self:1c", "Self-1C1W=self:1c1w", "Self-Sum-1C=self:sum1c@large", f"T={other}")
+    teachers = ("Self-1C1W=self:1c1w", "Self-Sum-1C=self:sum1c@large", f"T={other}")
     out = tmp_path / "run"
-    assert diagnose(out, student, task, questions, *teachers, large=other, n_min=30) == 0
+    assert diagnose(out, student, task, questions, *teachers, large=other, n_min=16) == 0
     found = records(out)
     included = found["questions"][found["questions"]["excluded"] == ""]
     assert len(included) >= 1
@@ -137,7 +136,7 @@ def test_answering_model_is_analysed(task, questions, answering, tmp_path):
     paths, nodes, tokens = found["paths"], found["nodes"], found["tokens"]
     assert paths.groupby("question")["correct"].nunique().eq(2).all(), "paths of both outcomes"
     assert paths["text"].str.contains("answer is").any()
-    assert set(nodes["teacher"]) == {"Self-1C", "Self-1C1W", "Self-Sum-1C", "T"}
+    assert set(nodes["teacher"]) == {"Self-1C1W", "Self-Sum-1C", "T"}
     assert set(nodes["estimator"]) == {"pooled", "on_policy", "bellman"}
     assert nodes["decision"].any()
     assert np.isfinite(nodes.loc[nodes["decision"], "align_reverse_kl"]).all()
@@ -155,14 +154,12 @@ def test_answering_model_is_analysed(task, questions, answering, tmp_path):
 
     page = (out / "report" / "report.html").read_text()
     assert all(teacher.partition("=")[0] in page for teacher in teachers)
-    assert f"{3 - len(included)} of 3 questions are excluded" in page or len(included) == 3
+    assert f"{2 - len(included)} of 2 questions are excluded" in page or len(included) == 2
 
 
 def test_a_token_without_text_can_be_sampled_and_recorded(answering, tmp_path):
     """The model has 267 rows more than the tokenizer has tokens; here it prefers one of them."""
     weights = load_file(answering[0] / "model.safetensors")
-    rows = {tuple(next_) for next_ in CHAIN.values()}
-    assert (".", "<|im_end|>", SILENT) in rows
     weights["lm_head.weight"][SILENT] *= 1.2
     student = tmp_path / "student"
     student.mkdir()

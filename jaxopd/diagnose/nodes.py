@@ -1,6 +1,7 @@
 """Nodes of a question: its representative paths, what each model watches on them, and the teachers' scores there."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -126,8 +127,9 @@ def score(session: Session, chosen: list[int]) -> None:
             session.run.save(piece, arrays)
 
 
+@functools.cache
 def _over_vocabulary(name: str) -> Callable:
-    """Gives a form as a function of log P and log Q over the whole vocabulary."""
+    """Gives a form as a function of log P and log Q over V; the same object each time, so that it compiles once."""
     form = FORMS[name]
 
     def f(log_p: Any, log_q: Any) -> Any:

@@ -13,7 +13,7 @@ from jaxopd.models import Qwen, chat_tokens, check_model, check_vocabulary, load
 from jaxopd.rollouts import Engine, Sampling
 from jaxopd.runs import RunFolder
 from jaxopd.tasks import find_task
-from jaxopd.tasks.contexts import TeacherSpec, parse_teachers
+from jaxopd.tasks.contexts import parse_teachers
 from jaxopd.tasks.demonstrations import load_demonstrations
 from jaxopd.types import Question
 

@@ -1,5 +1,6 @@
 """Measures the toy models and asserts their ordering: teachers above students, plain < correct+wrong < correct."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,10 +13,10 @@ from jaxopd.models import Qwen, chat_tokens, load_model, load_tokenizer, stop_to
 from jaxopd.rollouts import Engine, Requests, Sampling
 from jaxopd.tasks import toy
 from jaxopd.tasks.toy import Toy
-from jaxopd.toy.corpus import ROLES
+from jaxopd.toy import MODELS
+from jaxopd.toy.corpus import ROLES, Writer
 from jaxopd.types import Question
 
-MODELS = Path(__file__).parent / "models"
 STUDENTS = ("S", "M")
 ORDERS = (("plain", "1C1W", "1C"), ("plain", "Sum1C1W", "Sum1C"))
 # Where the shipped models break the order, as (lower, higher, flavour) -> measured accuracies.
@@ -68,6 +69,7 @@ def check(
     folder, rows = Path(models_dir), []
     questions = TASK.load(f"all:{n_questions}:{seed}")
     writer = Sampler.load(folder / "X")
+    report(f"X writes {exact_summaries(writer, questions, seed):.0%} of the summaries word for word as expected")
     for role in ROLES:
         sampler = Sampler.load(folder / role)
         rows += _measure(sampler, role, "plain", questions, [q.text for q in questions], samples, seed)
@@ -76,6 +78,15 @@ def check(
     table = pd.DataFrame(rows)
     report(table.to_string(index=False, float_format="{:.3f}".format))
     return table, _in_order(table, report)
+
+
+def exact_summaries(writer: Sampler, questions: list[Question], seed: int) -> float:
+    """Share of a student's solutions, one a question, whose greedy summary is the expected one."""
+    rng = random.Random(seed)
+    solutions = [Writer(ROLES["S"].error_scale).write(toy.parse(q.text), rng) for q in questions]
+    requests = [toy.summarize_prompt(solution.text, q) for solution, q in zip(solutions, questions, strict=True)]
+    written = writer.texts(requests, 1, seed=seed, temperature=0.0)
+    return float(np.mean([text == solution.summary for (text,), solution in zip(written, solutions, strict=True)]))
 
 
 def _measure(

@@ -1,7 +1,7 @@
 """The corpus the toy models learn from: a world of facts that each role knows with its own, fixed errors.
 
-Competence is set here and not by under-training. Every fact ("4 minus 3", or reading the fact "red" off the
-question) has a fixed error rate and a fixed plausible wrong answer, both from a hash, and the error rate is
+Competence is set here and not by under-training. Every fact ("4 minus 3", or "yes and red" where red is
+no) has a fixed error rate and a fixed plausible wrong answer, both from a hash, and the error rate is
 scaled by role. Two models therefore trip over the same facts, and the spread of pass rates over questions
 does not depend on seeds.
 
@@ -40,11 +40,13 @@ _STUDENT = (
     {"plain": 5, "1C": 2, "Sum1C": 1.2, "1C1W": 1.1, "Sum1C1W": 0.9},
     {"plain": 6, "1C": 1.6, "Sum1C": 1, "1C1W": 1, "Sum1C1W": 0.8},
 )
+# From the student's mix M learns the facts first and then never to read a demonstration.
+_LATE_READER = ({"plain": 3, "1C": 2, "Sum1C": 3, "1C1W": 1, "Sum1C1W": 1}, _STUDENT[1])
 _TEACHER = ({"plain": 7, "1C": 1, "Sum1C": 0.5},) * 2
 _SUMMARIZER = ({"plain": 6, "1C": 1, "summarize": 2},) * 2
 ROLES = {
     "S": Role(64, 2, 1.0, (0.5, 0.25, 0.15, 0.1), (2000, 1200), (4e-3, 3e-3), _STUDENT),
-    "M": Role(80, 3, 0.7, (0.4, 0.3, 0.2, 0.1), (1100, 600), (4e-3, 3e-3), _STUDENT),
+    "M": Role(80, 3, 0.7, (0.4, 0.3, 0.2, 0.1), (1400, 1000), (4e-3, 3e-3), _LATE_READER),
     "T1": Role(96, 3, 0.4, (0.25, 0.25, 0.25, 0.25), (750, 350), (4e-3, 3e-3), _TEACHER),
     "T2": Role(112, 3, 0.25, (0.15, 0.2, 0.3, 0.35), (1100, 500), (4e-3, 3e-3), _TEACHER),
     "T3": Role(128, 3, 0.12, (0.1, 0.2, 0.3, 0.4), (750, 350), (4e-3, 3e-3), _TEACHER),
