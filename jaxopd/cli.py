@@ -144,9 +144,7 @@ class ToyCheck:
             raise SystemExit(1)
 
 
-ToyVerb = (
-    Annotated[ToyTrain, tyro.conf.subcommand("train")] | Annotated[ToyCheck, tyro.conf.subcommand("check")]
-)
+ToyVerb = Annotated[ToyTrain, tyro.conf.subcommand("train")] | Annotated[ToyCheck, tyro.conf.subcommand("check")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,9 +127,7 @@ def replicate(exact: Exact, config: DiagnoseConfig, replicates: int, rng: np.ran
             values[name].append(estimate.value)
             covered[name].append((estimate.low <= truth + 1e-9) & (truth <= estimate.high + 1e-9))
     stacked = {name: np.stack(v) for name, v in values.items()}
-    return Replicates(
-        np.stack(supports), stacked, {n: np.stack(c) for n, c in covered.items()}, launched / replicates
-    )
+    return Replicates(np.stack(supports), stacked, {n: np.stack(c) for n, c in covered.items()}, launched / replicates)
 
 
 def _scores(

@@ -50,7 +50,10 @@ def test_tokens_and_log_probs_are_those_of_a_forward_pass_from_scratch(model, tr
     R = len(requests)
     tokens, mask, start = np.zeros((R, 128), np.int32), np.zeros((R, 128), bool), np.zeros(R, int)
     for i in range(R):
-        given = [*trunks[requests.trunk[i]][: requests.cut[i]], *requests.forced[i : i + 1][requests.forced[i : i + 1] >= 0]]
+        given = [
+            *trunks[requests.trunk[i]][: requests.cut[i]],
+            *requests.forced[i : i + 1][requests.forced[i : i + 1] >= 0],
+        ]
         whole = [*given, *answered.tokens[i, : answered.length[i]]]
         tokens[i, : len(whole)], mask[i, : len(whole)], start[i] = whole, True, len(given)
     z = np.asarray(logits(model, tokens, mask))
@@ -121,7 +124,9 @@ def test_a_million_draws_pass_a_chi_square_test() -> None:
     row = np.log(np.maximum(p, 1e-12)).astype(np.float32)
     n, block = 1_000_000, 50_000
     counts = np.zeros(60)
-    sampler = jax.jit(lambda ids: draw(request_keys(np.uint32(5), ids, ids * 0), np.broadcast_to(row[None], (block, 60))))
+    sampler = jax.jit(
+        lambda ids: draw(request_keys(np.uint32(5), ids, ids * 0), np.broadcast_to(row[None], (block, 60)))
+    )
     for low in range(0, n, block):
         counts += np.bincount(np.asarray(sampler(np.arange(low, low + block))), minlength=60)
     expected = np.exp(row.astype(np.float64))

@@ -90,7 +90,9 @@ def test_tree_structure(world) -> None:
             child = tree.child[tree.node_of[a, t], slot]
             assert child == (tree.node_of[a, t + 1] if t + 1 < n else LEAF)
     assert (tree.child == LEAF).sum() == len(tree.length)
-    np.testing.assert_array_equal(tree.outcome[tree.child == LEAF], tree.correct[tree.owner[(tree.child == LEAF).any(1)]])
+    np.testing.assert_array_equal(
+        tree.outcome[tree.child == LEAF], tree.correct[tree.owner[(tree.child == LEAF).any(1)]]
+    )
     np.testing.assert_allclose(p.sum(1), 1)
 
 
@@ -128,7 +130,10 @@ def test_counts_against_counting_by_hand(world, seed, watched) -> None:
     good = [succeeds(r) for r in responses]
     for name, since in rules.items():
         np.testing.assert_array_equal(getattr(counts, name), by_hand(tree, responses, launch, since))
-        kept = [r for r, ok in zip(responses, good, strict=True) if ok], [g for g, ok in zip(launch, good, strict=True) if ok]
+        kept = (
+            [r for r, ok in zip(responses, good, strict=True) if ok],
+            [g for g, ok in zip(launch, good, strict=True) if ok],
+        )
         np.testing.assert_array_equal(getattr(counts, f"{name}_success"), by_hand(tree, *kept, since))
 
 
@@ -149,10 +154,10 @@ def test_tally_of_weights_by_depth(world) -> None:
 @pytest.fixture(scope="module")
 def replicates(world):
     """Estimates of 300 replicates: 250 initial rollouts, then targets chosen by a teacher that is wrong on purpose."""
-    tree, p, truth, prefix = world
+    tree, p, _truth, _prefix = world
     rng = np.random.default_rng(1)
     process = FiniteMDP.from_rollouts(*everything())
-    at, after = process.along(tree)
+    _at, after = process.along(tree)
     walks = walk(tree, process.sequences)
     q = np.roll(p, 1, 1)
     estimates: dict[str, list] = {name: [] for name in ESTIMATORS}
@@ -222,9 +227,7 @@ def test_estimators_against_the_truth(world, replicates) -> None:
 @pytest.mark.parametrize("name", ["on_policy", "bellman"])
 def test_intervals_cover(world, replicates, name) -> None:
     _, _, truth, _ = world
-    covered = [
-        ((e.low <= truth + 1e-9) & (truth <= e.high + 1e-9))[np.isfinite(e.value)] for e in replicates[name]
-    ]
+    covered = [((e.low <= truth + 1e-9) & (truth <= e.high + 1e-9))[np.isfinite(e.value)] for e in replicates[name]]
     assert 0.90 < np.concatenate(covered).mean() < 0.985
 
 
@@ -266,7 +269,9 @@ def test_paper_targets_rank_within_windows_and_unite_teachers(world) -> None:
     for q, gradient in teachers.values():
         for a in range(len(tree.length)):
             for w in range(3):
-                inside = [n for n in range(len(p)) if tree.owner[n] == a and depth_window(tree.depth[n : n + 1], 3)[0] == w]
+                inside = [
+                    n for n in range(len(p)) if tree.owner[n] == a and depth_window(tree.depth[n : n + 1], 3)[0] == w
+                ]
                 ranked = sorted(
                     ((n, k) for n in inside for k in range(V) if p[n, k] > 0.02 or q[n, k] > 0.02),
                     key=lambda e: -abs(gradient[e]),
@@ -300,7 +305,12 @@ def test_raw_value_brackets_the_enumerated_truth() -> None:
     assert 0 < found[2] < 1
     assert abs(found[0] - exact_value([])) < 4 * found[1]
     whole = raw_value(
-        lambda prefixes: np.log(np.array([policy(u) for u in prefixes])), {0}, succeeds, [], np.zeros(0, bool),
-        nodes=10**6, max_tokens=T,
+        lambda prefixes: np.log(np.array([policy(u) for u in prefixes])),
+        {0},
+        succeeds,
+        [],
+        np.zeros(0, bool),
+        nodes=10**6,
+        max_tokens=T,
     )
     assert abs(whole[0] - exact_value([])) < 1e-6

@@ -25,9 +25,7 @@ def demonstrate(session: Session) -> None:
 def _try(session: Session, path: str, source: str, index: int, enough: tuple[int, int]) -> list[dict]:
     tried: list[dict] = []
     trials, prompt = session.config.demonstration_trials, session.prompts[index]
-    options = session.sampling(
-        f"demonstrations-{source}", index, temperature=session.config.demonstration_temperature
-    )
+    options = session.sampling(f"demonstrations-{source}", index, temperature=session.config.demonstration_temperature)
     for low in range(0, trials, TRIED_AT_ONCE):
         requests = Requests.continuations([prompt], min(TRIED_AT_ONCE, trials - low))
         rolled = session.engine(path).run([prompt], dataclasses.replace(requests, id=requests.id + low), options)

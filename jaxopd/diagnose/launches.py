@@ -110,8 +110,6 @@ def true_success(session: Session, index: int, tree: PathTree, *parts: dict[str,
     return SuccessEstimate(*fields)
 
 
-
-
 def response_parts(session: Session, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Gives the (responses, grades) of every rollout of a question: initial, targeted, and the oracle's if any."""
     stages = [stage for stage in ("rollouts", "enrichment", "truth") if session.run.done(f"{stage}/{index:05d}")]

@@ -1,6 +1,5 @@
 """Masked grouped-query attention with its log-sum-exp, and the merge of two disjoint parts."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -72,7 +71,7 @@ def causal_attention(
         causal = rows[:, None] >= columns[None, :]
         return masked_attention(q_block, k, v, causal[None] & mask[:, None, :])[0]
 
-    if T <= block:
+    if block >= T:
         return attend(q, columns)
     blocks = -(-T // block)
     q_blocks = jnp.pad(q, ((0, 0), (0, blocks * block - T), (0, 0), (0, 0)))

@@ -158,9 +158,7 @@ class Counts:
     free_success: Int[np.ndarray, "N K1"]
 
 
-def count(
-    tree: PathTree, walks: Walks, success: Bool[np.ndarray, " G"], launch: Int[np.ndarray, " G"]
-) -> Counts:
+def count(tree: PathTree, walks: Walks, success: Bool[np.ndarray, " G"], launch: Int[np.ndarray, " G"]) -> Counts:
     """Counts visits and successes under the three readings of `Counts`."""
     success = np.asarray(success, np.float64)
     first_edge = {"pooled": np.zeros_like(launch), "on_policy": np.maximum(launch - 1, 0), "free": launch}

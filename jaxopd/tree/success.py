@@ -86,7 +86,9 @@ def bellman(tree: PathTree, counts: Counts, p: Float[np.ndarray, "N K"]) -> Succ
         if nodes[0] != 0:  # the root has no edge above it
             value[edges], variance[edges] = v, v_variance
     se = np.sqrt(variance)
-    low, high = _wilson(value, np.divide(value * (1 - value), variance, out=np.full(p.shape, np.inf), where=variance > 0))
+    low, high = _wilson(
+        value, np.divide(value * (1 - value), variance, out=np.full(p.shape, np.inf), where=variance > 0)
+    )
     on_tree = tree.child >= 0
     extreme = on_tree & ((value <= 0) | (value >= 1))
     low = np.where(extreme, np.maximum(value - Z95 * se, 0), low)
@@ -98,9 +100,7 @@ def bellman(tree: PathTree, counts: Counts, p: Float[np.ndarray, "N K"]) -> Succ
 ESTIMATORS: Mapping = MappingProxyType({"pooled": pooled, "on_policy": on_policy, "bellman": bellman})
 
 
-def support(
-    tree: PathTree, counts: Counts, estimate: SuccessEstimate, n_sig: int = 20
-) -> Bool[np.ndarray, "N K"]:
+def support(tree: PathTree, counts: Counts, estimate: SuccessEstimate, n_sig: int = 20) -> Bool[np.ndarray, "N K"]:
     """S_u: candidates with at least `n_sig` visits and a known P_succ (paper A, section 2.1)."""
     return (tree.candidates >= 0) & (counts.pooled[:, :-1] >= n_sig) & np.isfinite(estimate.value)
 

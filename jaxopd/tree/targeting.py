@@ -56,7 +56,9 @@ def paper_targets(
     return _launches(tree, number)
 
 
-def exit_targets(tree: PathTree, p: Float[np.ndarray, "N K"], *, at_least: int | Int[np.ndarray, "N K"], per_node: int) -> Targets:
+def exit_targets(
+    tree: PathTree, p: Float[np.ndarray, "N K"], *, at_least: int | Int[np.ndarray, "N K"], per_node: int
+) -> Targets:
     """Launches max(at_least, per_node P) rollouts at every exit: values of on-path nodes follow by recursion."""
     exits = (tree.candidates >= 0) & (tree.child == -1)
     return _launches(tree, np.where(exits, np.maximum(at_least, np.ceil(per_node * p)), 0).astype(np.int64))
