@@ -34,7 +34,7 @@ class Paths:
 
 
 def representative_paths(session: Session, index: int) -> Paths:
-    """Picks the first distinct correct and incorrect rollouts: rollouts are exchangeable, so any rule on order is fair."""
+    """Picks the first distinct correct and incorrect rollouts; they are exchangeable, so any order is fair."""
     arrays, _ = session.run.load(f"rollouts/{index:05d}")
     tokens, success = arrays["tokens"], arrays["grade"] == 1
     excluded = _exclusion(session, index, success, tokens.shape[1])

@@ -183,9 +183,7 @@ class Engine:
         while True:
             if longest + CHUNK > room and room < _bucket(sampling.max_tokens, CHUNK):
                 # The suffix grows with the longest rollout met, not with the longest allowed.
-                pad = [(0, 0), (0, room), (0, 0), (0, 0)]
-                grow = functools.partial(jax.tree.map, lambda x: jax.device_put(jnp.pad(x, pad), flat))
-                slots = slots.replace(keys=grow(slots.keys), values=grow(slots.values))
+                slots = slots.replace(keys=_widened(slots.keys, flat), values=_widened(slots.values, flat))
                 room *= 2
             slots, out = _chunk(self.graph, self.state, trunk_keys, trunk_values, queue, slots, settings)
             request, step, token, raw, sampled, reason, active, longest = jax.device_get(out)
@@ -233,6 +231,11 @@ def _bucket(n: int, least: int) -> int:
     """Rounds n up to a power of two (to multiples of 4096 beyond that), so that few shapes are compiled."""
     n = max(n, least)
     return 1 << (n - 1).bit_length() if n <= 4096 else -(-n // 4096) * 4096
+
+
+def _widened(caches: list[Array], sharding: NamedSharding) -> list[Array]:
+    """Doubles the suffix length of every layer's cache."""
+    return [jax.device_put(jnp.pad(x, [(0, 0), (0, x.shape[1]), (0, 0), (0, 0)]), sharding) for x in caches]
 
 
 def _by_trunk(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
