@@ -92,6 +92,8 @@ class Truth:
     """Toy student: S or M."""
     questions: int = 8
     """Questions of each of the three flavours."""
+    per_window: int = 10
+    """Targets a depth window and teacher, by each of the two criteria."""
     replicates: int = 60
     """Replicates of the procedure, a question."""
     seed: int = 0
@@ -101,6 +103,7 @@ class Truth:
         from jaxopd.truth import truth
 
         config = toy_config(self.student, self.questions, self.seed, truth_rollouts=100)
+        config = dataclasses.replace(config, by_gradient=self.per_window, by_difference=self.per_window)
         with bars(console) as report:
             run = diagnose(config, self.out, report)
             tables = truth(Session(config, self.out, report), report, self.replicates, self.seed)

@@ -19,8 +19,10 @@ from jaxopd.types import Question
 
 STUDENTS = ("S", "M")
 ORDERS = (("plain", "1C1W", "1C"), ("plain", "Sum1C1W", "Sum1C"))
-# Where the shipped models break the order, as (lower, higher, flavour) -> measured accuracies.
-EXCEPTIONS: dict[tuple[str, str, str], str] = {}
+# Where the shipped models can break the order, as (lower, higher, flavour) -> measured accuracies.
+EXCEPTIONS = {
+    ("M plain*", "M Sum1C1W", "choice"): ".820 < .884 at seed 1, .803 > .800 at seed 2, .766 < .804 at seed 3",
+}
 MAX_TOKENS = 80
 TASK = Toy()
 
@@ -147,11 +149,11 @@ def _in_order(table: pd.DataFrame, report: Callable[[str], None]) -> bool:
         for lower, higher in pairs:
             low, high = (accuracy[(*name.split(), flavour)] for name in (lower, higher))
             if not low < high:
-                named = (lower, higher, flavour) in EXCEPTIONS
-                ok = ok and named
+                named = EXCEPTIONS.get((lower, higher, flavour))
+                ok = ok and named is not None
                 report(
                     f"{flavour}: {lower} {low:.3f} is not below {higher} {high:.3f}"
-                    + (" (a named exception)" if named else "")
+                    + (f" (a named exception: {named})" if named else "")
                 )
     report("ordering: " + ("as expected" if ok else "broken"))
     return ok
