@@ -1,0 +1,142 @@
+"""The pipeline end to end on the toy suite: records recomputed by hand, resumption bit for bit."""
+
+import dataclasses
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jaxopd.diagnose import DiagnoseConfig, diagnose
+from jaxopd.toy import MODELS
+
+TABLES = ("questions", "paths", "nodes", "tokens")
+CONFIG = DiagnoseConfig(
+    student=str(MODELS / "S"),
+    teacher=("Self-1C=self:1c", f"T2={MODELS / 'T2'}"),
+    task="toy",
+    questions="all:1:3",
+    rollouts=80,
+    n_min=30,
+    n_sig=10,
+    by_gradient=3,
+    by_difference=3,
+    max_tokens=80,
+    slots=64,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "a"
+    diagnose(CONFIG, str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def tables(folder) -> dict[str, pd.DataFrame]:
+    return {name: pd.read_parquet(folder / "records" / f"{name}.parquet") for name in TABLES}
+
+
+def test_every_question_is_analysed_or_excluded_with_a_reason(tables) -> None:
+    questions = tables["questions"]
+    assert len(questions) == 3
+    analysed = questions[questions.excluded == ""]
+    assert len(analysed) > 0
+    assert set(tables["nodes"].question) == set(analysed.question)
+    assert set(questions.excluded) <= {"", "none correct", "none incorrect", "no demonstration", "prompt too long"}
+    assert (analysed.n_targeted > 0).all()
+
+
+def test_alignment_recomputed_from_the_token_table(tables) -> None:
+    """Eq. 2.1, 2.3, 2.8 and 2.12 in float64 from P, Q, P_succ and visits alone."""
+    nodes, tokens = tables["nodes"], tables["tokens"]
+    compared = 0
+    for (question, path, t, estimator), rows in nodes[nodes.teacher == "T2"].groupby(
+        ["question", "path", "t", "estimator"]
+    ):
+        row = rows.iloc[0]
+        here = tokens[(tokens.question == question) & (tokens.path == path) & (tokens.t == t)]
+        success = here[f"p_succ_{estimator}"].to_numpy(float)
+        kept = (here.visits.to_numpy() >= CONFIG.n_sig) & np.isfinite(success)
+        assert row.support == kept.sum()
+        if not row.decision:
+            assert np.isnan(row.align_reverse_kl)
+            continue
+        p, q, success = here.p.to_numpy(float)[kept], here.q_T2.to_numpy(float)[kept], success[kept]
+        p, q = p / p.sum(), q / q.sum()
+        ideal = p * (success - p @ success)
+        ratio = np.log(q) - np.log(p)
+        teacher = p * (ratio - p @ ratio)
+        np.testing.assert_allclose(row.advantage, (q - p) @ success, atol=1e-5)
+        np.testing.assert_allclose(row.ideal_norm, np.linalg.norm(ideal), atol=1e-5)
+        np.testing.assert_allclose(row.success_range, np.ptp(success), atol=1e-5)
+        if np.linalg.norm(ideal) > 1e-3 and np.linalg.norm(teacher) > 1e-3:
+            cosine = ideal @ teacher / np.linalg.norm(ideal) / np.linalg.norm(teacher)
+            np.testing.assert_allclose(row.align_reverse_kl, cosine, atol=2e-3)
+            compared += 1
+    assert compared > 20
+
+
+def test_values_are_in_their_ranges(tables) -> None:
+    nodes = tables["nodes"]
+    for name in (c for c in nodes if c.startswith("align_")):
+        known = nodes[name].dropna()
+        assert len(known) > 0
+        assert known.between(-1, 1).all()
+    assert nodes[["p", "q", "cosine"]].min().min() >= 0
+    assert nodes[["p", "q", "cosine"]].max().max() <= 1 + 1e-5
+    assert (nodes[["reverse_kl", "forward_kl", "js"]] > -1e-5).all().all()
+    known = nodes.dropna(subset=["p_succ"])
+    assert (known.p_succ_low <= known.p_succ + 1e-6).all()
+    assert (known.p_succ <= known.p_succ_high + 1e-6).all()
+
+
+def test_a_teacher_that_is_the_student_says_nothing(tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, teacher=(f"Same={MODELS / 'S'}",), limit=1, rollouts=40)
+    run = diagnose(config, str(tmp_path / "same"))
+    nodes = run.read_table("records/nodes.parquet")
+    assert (nodes.reverse_kl.abs() < 1e-6).all()
+    assert (nodes.advantage.dropna().abs() < 1e-5).all()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / "records" / f"{name}.parquet").read_bytes() for name in TABLES}
+
+
+def test_lost_pieces_come_back_the_same(folder, tmp_path) -> None:
+    """What a kill leaves behind: a piece without its marker, and no merged records."""
+    again = tmp_path / "b"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "records")
+    for stage in ("rollouts", "enrichment", "records"):
+        for marker in sorted((again / "pieces" / stage).rglob("done.json"))[-1:]:
+            marker.unlink()
+    diagnose(CONFIG, str(again))
+    assert contents(again) == contents(folder)
+
+
+@pytest.mark.slow
+def test_kill_at_five_random_moments(folder, tmp_path) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "jaxopd.cli", "diagnose", "--out", str(out)]
+    for field in dataclasses.fields(CONFIG):
+        value = getattr(CONFIG, field.name)
+        if value is not None and field.name != "teacher":
+            command += [f"--{field.name.replace('_', '-')}", str(value)]
+    for teacher in CONFIG.teacher:
+        command += ["--teacher", teacher]
+    rng = random.Random(0)
+    for _ in range(5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(8, 25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert contents(out) == contents(folder)
