@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxopd import toy
-from jaxopd.diagnose import DiagnoseConfig, diagnose
+from jaxopd.diagnose import DiagnoseConfig, collect, diagnose
 from jaxopd.diagnose.session import Progress as Report
 from jaxopd.diagnose.session import Session
 from jaxopd.errors import InputError
@@ -105,16 +105,17 @@ class Truth:
         config = toy_config(self.student, self.questions, self.seed, truth_rollouts=100)
         config = dataclasses.replace(config, by_gradient=self.per_window, by_difference=self.per_window)
         with bars(console) as report:
-            run = diagnose(config, self.out, report)
-            tables = truth(Session(config, self.out, report), report, self.replicates, self.seed)
+            session = Session(config, self.out, report)
+            collect(session)
+            tables = truth(session, report, self.replicates, self.seed)
         console.print(
             f"{tables.questions} questions, {tables.replicates} replicates, "
             f"{tables.rollouts:,.0f} targeted rollouts a question and replicate"
         )
         console.print(as_table("Success probability of the tokens of S_u against the exact one", tables.success))
         console.print(as_table("Alignment of reverse KL against the exact one on the same S_u", tables.aggregates))
-        run.write_table("truth/success.parquet", tables.success)
-        run.write_table("truth/aggregates.parquet", tables.aggregates)
+        session.run.write_table("truth/success.parquet", tables.success)
+        session.run.write_table("truth/aggregates.parquet", tables.aggregates)
 
 
 @dataclasses.dataclass(frozen=True)

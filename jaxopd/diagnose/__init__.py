@@ -13,7 +13,7 @@ from jaxopd.diagnose.session import Progress, Session
 from jaxopd.diagnose.tables import record
 from jaxopd.runs import RunFolder
 
-__all__ = ["DiagnoseConfig", "diagnose"]
+__all__ = ["DiagnoseConfig", "collect", "diagnose"]
 
 
 def diagnose(config: DiagnoseConfig, out: str, progress: Progress = lambda stage, done, total: None) -> RunFolder:
@@ -22,6 +22,13 @@ def diagnose(config: DiagnoseConfig, out: str, progress: Progress = lambda stage
     Raises InputError, before anything is written, on input that cannot work.
     """
     session = Session(config, out, progress)
+    reward(session, collect(session))
+    record(session)
+    return session.run
+
+
+def collect(session: Session) -> list[int]:
+    """Runs phase 1: everything that is sampled, and the scores that aim it. Gives the questions included."""
     demonstrate(session)
     summarize(session)
     roll_out(session)
@@ -29,8 +36,6 @@ def diagnose(config: DiagnoseConfig, out: str, progress: Progress = lambda stage
     chosen = included(session)
     score(session, chosen)
     enrich(session, chosen)
-    reward(session, chosen)
-    if config.truth_rollouts:
+    if session.config.truth_rollouts:
         find_truth(session, chosen)
-    record(session)
-    return session.run
+    return chosen
