@@ -197,7 +197,7 @@ def _edge_summary(parts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float
         "abs_bias_of_noise": float(noise.mean()),
         "rmse": float(np.sqrt(np.nanmean(errors**2))),
         "coverage": float(np.nanmean(inside)),
-        "edges": errors.shape[1],
+        "tokens": errors.shape[1],
     }
 
 

@@ -395,6 +395,6 @@ def test_bad_runs_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nodes\.parquet: found an unreadable table"):
         write_report(run)
     (run / "config.json").write_text("{")
-    with pytest.raises(InputError, match="invalid JSON"):
+    with pytest.raises(InputError, match=r"config\.json: found no valid JSON"):
         write_report(run)
     assert not (run / "report").exists()

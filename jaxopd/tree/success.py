@@ -106,8 +106,8 @@ def support(tree: PathTree, counts: Counts, estimate: SuccessEstimate, n_sig: in
 
 
 def _variance(visits: np.ndarray, successes: np.ndarray) -> np.ndarray:
-    """z (1 - z) / n at the smoothed z = (s + 1/4) / (n + 1/2), which never claims certainty; inf unvisited."""
-    z = (successes + 0.25) / (visits + 0.5)
+    """z (1 - z) / n at the smoothed z = (s + 1/2) / (n + 1), which never claims certainty; inf unvisited."""
+    z = (successes + 0.5) / (visits + 1)
     return np.divide(z * (1 - z), visits, out=np.full(visits.shape, np.inf), where=visits > 0)
 
 
