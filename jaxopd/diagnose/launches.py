@@ -52,7 +52,8 @@ def enrich(session: Session, chosen: list[int]) -> None:
 
 def launch(session: Session, index: int, tree: PathTree, targets: Targets, stage: str) -> dict[str, np.ndarray]:
     """Runs targeted rollouts and grades them; gives whole responses, their grades and launch depths."""
-    prompt, limit, number = session.prompts[index], session.config.max_tokens, targets.number
+    prompt, number = session.prompts[index], targets.number
+    limit = min(session.config.max_tokens, session.student.config.max_positions - len(prompt))
     path, depth, token = (np.repeat(x, number) for x in (targets.path, targets.depth, targets.token))
     R = len(path)
     given = np.full((len(tree.length), limit), -1)

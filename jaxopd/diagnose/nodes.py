@@ -55,7 +55,9 @@ def _exclusion(session: Session, index: int, success: np.ndarray, response: int)
     for spec in session.teachers.values():
         if shown_to(session, spec, index) is None:
             return "no demonstration"
-        if len(teacher_prompt(session, spec, index)) + response > teacher_model(session, spec).config.max_positions:
+        # The context is known from the config: loading the teacher here would load every teacher for every question.
+        context = session.contexts[spec.model or session.config.student]
+        if len(teacher_prompt(session, spec, index)) + response > context:
             return "prompt too long"
     return ""
 

@@ -44,10 +44,10 @@ class Session:
         check_vocabulary(self.tokenizer, self.student.config, config.student)
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.config)
         others = {s.model for s in self.teachers.values() if s.model} | ({config.large} - {None})
-        contexts = {path: self._check(path) for path in sorted(others)} | {
+        self.contexts = {path: self._check(path) for path in sorted(others)} | {
             config.student: self.student.config.max_positions
         }
-        context = min(contexts[path] for path in (config.student, config.large) if path)
+        context = min(self.contexts[path] for path in (config.student, config.large) if path)
         self.prompts = [self.prompt(q.text) for q in self.questions]
         longest = max(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
         if len(self.prompts[longest]) + 1 >= context:
