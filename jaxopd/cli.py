@@ -92,7 +92,7 @@ class Truth:
     """Toy student: S or M."""
     questions: int = 8
     """Questions of each of the three flavours."""
-    per_window: int = 10
+    per_window: int = 20
     """Targets a depth window and teacher, by each of the two criteria."""
     replicates: int = 60
     """Replicates of the procedure, a question."""

@@ -1,16 +1,19 @@
 """Responses after a prompt: the hidden states that predict their tokens, and their tokens' log-probs."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxopd_kernels import head_statistics
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxopd import scoring
 from jaxopd.errors import InputError
 from jaxopd.models import Qwen, forward, hidden_states
+from jaxopd.types import bucket
 
 TOKENS_AT_ONCE = 16384  # of a forward pass, padding included
 
@@ -34,11 +37,13 @@ def response_log_probs(
     model: Qwen, prompt: Sequence[int], responses: Int[np.ndarray, "G S"]
 ) -> Float[np.ndarray, "G S"]:
     """Computes the log-prob of each token of `responses` (-1: padding, 0 there) after `prompt`."""
-    start, S = len(prompt) - 1, responses.shape[1]
-    parts = [
-        np.asarray(_next_log_probs(model, jnp.asarray(tokens), jnp.asarray(mask)))[:rows, start : start + S]
-        for tokens, mask, rows in _batches(model, prompt, responses)
-    ]
+    S, parts = responses.shape[1], []
+    for tokens, mask, rows in _batches(model, prompt, responses):
+        span = min(bucket(S, 8), tokens.shape[1] - 1)
+        start = min(len(prompt) - 1, tokens.shape[1] - 1 - span)
+        skipped = len(prompt) - 1 - start
+        found = _next_log_probs(model, jnp.asarray(tokens), jnp.asarray(mask), jnp.int32(start), span)
+        parts.append(np.asarray(found)[:rows, skipped : skipped + S])
     return np.where(responses >= 0, np.concatenate(parts), 0.0).astype(np.float32)
 
 
@@ -49,12 +54,16 @@ def token_log_probs(
     return np.asarray(scoring.score_tokens(model, hidden, ids).log_p)
 
 
-@nnx.jit
-def _next_log_probs(model: Qwen, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T1"]:
-    # The head is applied inside the same computation: hidden states of all rollouts would be large to move.
-    hidden = forward(model, tokens, mask)[:, :-1]
+@partial(nnx.jit, static_argnames="span")
+def _next_log_probs(
+    model: Qwen, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], start: Int[Array, ""], span: int
+) -> Float[Array, "B span"]:
+    # The head is applied inside the same computation, to the response alone: hidden states of all rollouts would be
+    # large to move, and logits over the prompt are the larger part of the work.
+    hidden = lax.dynamic_slice_in_dim(forward(model, tokens, mask), start, span, 1)
+    ids = lax.dynamic_slice_in_dim(tokens, start + 1, span, 1)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return head_statistics(flat, model.head(), ids=tokens[:, 1:].reshape(-1, 1)).log_p.reshape(hidden.shape[:2])
+    return head_statistics(flat, model.head(), ids=ids.reshape(-1, 1)).log_p.reshape(ids.shape)
 
 
 def _batches(
@@ -65,8 +74,8 @@ def _batches(
     context = model.config.max_positions
     if len(prompt) + S > context:
         raise InputError(f"prompt: found {len(prompt)} tokens before a response of {S}, expected {context} in all")
-    width = _bucket(len(prompt) + S)
-    size = max(1, min(_bucket(G), TOKENS_AT_ONCE // width))
+    width = bucket(len(prompt) + S, 8)
+    size = max(1, min(bucket(G, 8), TOKENS_AT_ONCE // width))
     for low in range(0, G, size):
         part = responses[low : low + size]
         tokens, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
@@ -74,8 +83,3 @@ def _batches(
         here = slice(len(prompt), len(prompt) + S)
         tokens[: len(part), here], mask[: len(part), here] = np.maximum(part, 0), part >= 0
         yield tokens, mask, len(part)
-
-
-def _bucket(n: int) -> int:
-    """Rounds up to a power of two of at least 8, or beyond 4096 to a multiple of it."""
-    return 1 << (max(n, 8) - 1).bit_length() if n <= 4096 else -(-n // 4096) * 4096

@@ -17,6 +17,7 @@ from jaxopd_kernels import MAX_TOP_K, HeadStatistics, PairStatistics, Vocabulary
 from jaxtyping import Array, Float, Int
 
 from jaxopd.errors import InputError
+from jaxopd.types import bucket
 
 BLOCK = 4096
 SMALLEST_BLOCK = 16
@@ -106,7 +107,7 @@ def score_pair(
 def _in_blocks(op: Callable[..., Statistics], hidden: tuple[Any, ...], ids: np.ndarray) -> Statistics:
     """Runs an op block by block and joins the rows and ids that are no padding, in numpy."""
     T, K = ids.shape
-    ids = np.pad(ids, ((0, 0), (0, _bucket(K) - K)), constant_values=-1)
+    ids = np.pad(ids, ((0, 0), (0, (bucket(K) if K else 0) - K)), constant_values=-1)
     parts: list[Any] = []
     for start in range(0, max(T, 1), BLOCK):
         rows = slice(start, start + BLOCK)
@@ -120,14 +121,9 @@ def _in_blocks(op: Callable[..., Statistics], hidden: tuple[Any, ...], ids: np.n
     return type(parts[0])(**{field.name: join(field.name) for field in fields(parts[0])})
 
 
-def _bucket(size: int, smallest: int = 1) -> int:
-    """The power of two that a size is padded to."""
-    return max(smallest, 1 << max(0, size - 1).bit_length())
-
-
 def _padded(rows: Any, value: int) -> np.ndarray:
     """Appends rows up to the next bucket."""
-    missing = _bucket(len(rows), SMALLEST_BLOCK) - len(rows)
+    missing = bucket(len(rows), SMALLEST_BLOCK) - len(rows)
     return np.pad(np.asarray(rows), ((0, missing), (0, 0)), constant_values=value)
 
 

@@ -19,6 +19,7 @@ from jaxopd.diagnose.demonstrations import teacher_prompt
 from jaxopd.diagnose.launches import response_parts
 from jaxopd.diagnose.nodes import included, representative_paths, teacher_model
 from jaxopd.diagnose.session import Progress, Session
+from jaxopd.errors import InputError
 from jaxopd.gradients import Position, logit_gradient, reverse_kl
 from jaxopd.responses import response_hidden, response_log_probs, token_log_probs
 from jaxopd.tree import ESTIMATORS, PathTree, Walks, build_tree, count, paper_targets, success_estimates, support, walk
@@ -89,6 +90,8 @@ class Replicates:
     """R replicates of the procedure on one question: support S_u and, per estimator, P_succ with its interval."""
 
     support: Bool[np.ndarray, "R N K"]
+    above: Bool[np.ndarray, "R N K"]  # edges with a launch below them: there the estimators differ
+    measured: Bool[np.ndarray, "R N K"]  # tokens with N_sig visits that were not forced through them
     value: dict[str, Float[np.ndarray, "R N K"]]
     covered: dict[str, Bool[np.ndarray, "R N K"]]
     launched: float
@@ -103,37 +106,50 @@ def replicate(exact: Exact, config: DiagnoseConfig, replicates: int, rng: np.ran
     for name, log_q in exact.log_q.items():
         ratio = np.where(exact.p > 0, log_q - np.log(np.maximum(exact.p, 1e-30)), 0.0)
         teachers[name] = np.exp(log_q), np.asarray(logit_gradient(log_p, ratio))
-    supports, launched = [], 0
+    supports, above, measured, launched = [], [], [], 0
     values: dict[str, list] = {name: [] for name in ESTIMATORS}
     covered: dict[str, list] = {name: [] for name in ESTIMATORS}
     for _ in range(replicates):
         rows = process.sample(np.zeros(config.rollouts, np.int64), rng)
         launch = np.zeros(len(rows), np.int64)
         visits = count(tree, exact.walks[rows], process.success[rows], launch).pooled[:, :-1]
-        budgets = {"by_gradient": config.by_gradient, "by_difference": config.by_difference, "n_min": config.n_min}
-        targets = paper_targets(tree, exact.p, teachers, visits, tau=config.tau, **budgets)
+        targets = paper_targets(tree, exact.p, teachers, visits, **config.targeting)
         node = tree.node_of[targets.path, targets.depth]
         slot = (tree.candidates[node] == targets.token[:, None]).argmax(1)
         start = np.repeat(exact.after[node, slot], targets.number)
         rows = np.concatenate([rows, process.sample(start, rng)])
         launch = np.concatenate([launch, np.repeat(targets.depth + 1, targets.number)])
         launched += len(start)
+        above.append(_above_launches(tree, node))
         counts = count(tree, exact.walks[rows], process.success[rows], launch)
         estimates = {name: success_estimates(tree, counts, exact.p, name) for name in ESTIMATORS}
-        # One S_u for all estimators, so that they are compared on the same tokens.
-        same = np.logical_and.reduce([support(tree, counts, e, config.n_sig) for e in estimates.values()])
-        supports.append(same)
+        # One S_u for all estimators, the paper's, so that they are compared on the same tokens.
+        known = np.logical_and.reduce([np.isfinite(estimate.value) for estimate in estimates.values()])
+        supports.append(support(tree, estimates["pooled"], config.n_sig) & known)
+        measured.append(support(tree, estimates["on_policy"], config.n_sig))
         for name, estimate in estimates.items():
             values[name].append(estimate.value)
             covered[name].append((estimate.low <= truth + 1e-9) & (truth <= estimate.high + 1e-9))
     stacked = {name: np.stack(v) for name, v in values.items()}
-    return Replicates(np.stack(supports), stacked, {n: np.stack(c) for n, c in covered.items()}, launched / replicates)
+    inside = {name: np.stack(c) for name, c in covered.items()}
+    sets = (np.stack(which) for which in (supports, above, measured))
+    return Replicates(*sets, stacked, inside, launched / replicates)
+
+
+def _above_launches(tree: PathTree, launched: Int[np.ndarray, " E"]) -> Bool[np.ndarray, "N K"]:
+    """Marks the edges that lead to a node at or above a launch."""
+    leads = np.zeros(len(tree.owner), bool)
+    leads[launched] = True
+    parent, _ = tree.parent_edge
+    for nodes in tree.levels[:0:-1]:
+        leads[parent[nodes[leads[nodes]]]] = True
+    return (tree.child >= 0) & leads[tree.child]
 
 
 def _scores(
     exact: Exact, support_RNK: Bool[np.ndarray, "R N K"], success_RNK: Float[np.ndarray, "R N K"], teacher: str
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Gives the summaries [R] of reverse KL's alignment, and the cosines [R, N]."""
+) -> tuple[Float[np.ndarray, "R N"], Float[np.ndarray, "R N"], Float[np.ndarray, "R N"]]:
+    """Gives reverse KL's alignment, the norm of the ideal gradient and the success range at the nodes."""
     R, N, K = support_RNK.shape
     with np.errstate(divide="ignore"):
         log_p = np.log(exact.p)
@@ -151,13 +167,20 @@ def _scores(
     cosine, norm, spread = (
         np.asarray(scores[name]).reshape(R, N) for name in ("align_reverse_kl", "ideal_norm", "success_range")
     )
-    return summarize(cosine, norm, np.nan_to_num(spread), spread > 0), cosine
+    return cosine, norm, np.nan_to_num(spread)
 
 
 def truth(session: Session, progress: Progress, replicates: int = 60, seed: int = 0) -> TruthTables:
-    """Measures bias, RMSE, interval coverage, sign and ranking agreement on the questions of a finished run."""
+    """Measures bias, RMSE, interval coverage, sign and ranking agreement on the questions of a finished run.
+
+    Raises InputError on fewer than two replicates and on a run all of whose questions are excluded.
+    """
+    if replicates < 2:
+        raise InputError(f"replicates: found {replicates}, expected at least 2")
     edges: dict[tuple[str, str], list] = {}
     rows, chosen, launched = [], included(session), 0.0
+    if not chosen:
+        raise InputError(f"{session.run.path}: found no question with paths of both outcomes, expected at least one")
     for done, index in enumerate(chosen):
         progress("truth", done, len(chosen))
         exact = exact_question(session, index)
@@ -179,9 +202,14 @@ def _edge_errors(exact: Exact, found: Replicates) -> Iterator[tuple[str, str, np
     for name in ESTIMATORS:
         error = np.where(decision, found.value[name] - exact.success[None], np.nan)
         inside = np.where(decision, found.covered[name], np.nan)
-        ancestors = exact.tree.child >= 0
-        yield name, "ancestors of launches", error[:, ancestors], inside[:, ancestors]
-        yield name, "all of S_u", error.reshape(len(error), -1), inside.reshape(len(error), -1)
+        sets = {
+            "ancestors of launches": found.above,
+            "those with N_sig on-policy visits": found.above & found.measured,
+            "all of S_u": np.ones_like(found.above),
+        }
+        for where, kept in sets.items():
+            parts = (np.where(kept, x, np.nan).reshape(len(x), -1) for x in (error, inside))
+            yield name, where, *parts
 
 
 def _edge_summary(parts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -205,11 +233,14 @@ def _aggregate_errors(exact: Exact, found: Replicates) -> Iterator[dict]:
     true = np.where(np.isfinite(exact.success), exact.success, 0.0)[None]
     true = np.broadcast_to(true, found.support.shape)
     for teacher in exact.log_q:
-        aim, aim_cosine = _scores(exact, found.support, true, teacher)
+        true_scores = _scores(exact, found.support, true, teacher)
         for name in ESTIMATORS:
-            got, cosine = _scores(exact, found.support, found.value[name], teacher)
-            both = np.isfinite(cosine) & np.isfinite(aim_cosine)
-            sign = float((np.sign(cosine) == np.sign(aim_cosine))[both].mean()) if both.any() else np.nan
+            scores = _scores(exact, found.support, found.value[name], teacher)
+            # The truth is summarised over the nodes that the estimate has, so that only its values can differ.
+            both = (scores[2] > 0) & (true_scores[2] > 0)
+            got, aim = summarize(*scores, both), summarize(*true_scores, both)
+            agree = np.sign(scores[0]) == np.sign(true_scores[0])
+            sign = float(agree[both].mean()) if both.any() else np.nan
             for statistic in STATISTICS:
                 for r in range(len(true)):
                     yield {

@@ -20,6 +20,17 @@ where an entry is kept.
 from dataclasses import dataclass, field
 from typing import Any
 
+BUCKET_STEP = 4096
+
+
+def bucket(size: int, least: int = 1) -> int:
+    """Gives the size that an axis is padded to: few shapes are compiled, and long axes waste little.
+
+    The next power of two that is `least` or more; beyond 4096 the next multiple of it.
+    """
+    size = max(size, least)
+    return 1 << (size - 1).bit_length() if size <= BUCKET_STEP else -(-size // BUCKET_STEP) * BUCKET_STEP
+
 
 @dataclass(frozen=True)
 class Question:

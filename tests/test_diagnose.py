@@ -64,7 +64,8 @@ def test_alignment_recomputed_from_the_token_table(tables) -> None:
         row = rows.iloc[0]
         here = tokens[(tokens.question == question) & (tokens.path == path) & (tokens.t == t)]
         success = here[f"p_succ_{estimator}"].to_numpy(float)
-        kept = (here.visits.to_numpy() >= CONFIG.n_sig) & np.isfinite(success)
+        visits = here.visits_on_policy if estimator == "on_policy" else here.visits
+        kept = (visits.to_numpy() >= CONFIG.n_sig) & np.isfinite(success)
         assert row.support == kept.sum()
         if not row.decision:
             assert np.isnan(row.align_reverse_kl)

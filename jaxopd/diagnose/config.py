@@ -32,10 +32,10 @@ class DiagnoseConfig:
     """Representative paths of each outcome, correct and incorrect."""
     tau: float = 0.02
     """Probability from which student or teacher makes a token a candidate."""
-    by_gradient: int = 5
-    """Targets a depth window and teacher by |P (l - lbar)|."""
-    by_difference: int = 5
-    """Targets a depth window and teacher by |Q - P|."""
+    by_gradient: int = 20
+    """Targets a path, depth window and teacher by |P (l - lbar)|; the paper prints totals, which 20 + 20 matches."""
+    by_difference: int = 20
+    """Targets a path, depth window and teacher by |Q - P|."""
     n_min: int = 100
     """Visits to which targets are raised."""
     n_sig: int = 20
@@ -56,6 +56,11 @@ class DiagnoseConfig:
     """Sequences decoded at once."""
     seed: int = 0
     """Seed of every draw."""
+
+    @property
+    def targeting(self) -> dict[str, float | int]:
+        """The budgets of `paper_targets`."""
+        return {name: getattr(self, name) for name in ("tau", "by_gradient", "by_difference", "n_min")}
 
     def __post_init__(self) -> None:
         for name in ("rollouts", "paths", "n_min", "n_sig", "max_tokens", "demonstration_trials", "slots"):

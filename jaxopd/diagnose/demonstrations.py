@@ -46,17 +46,26 @@ def summarize(session: Session) -> None:
     if not specs or large is None or session.given is not None:
         return
     for index, piece in session.pieces("summaries"):
-        question, summaries = session.questions[index], {}
+        question, summaries, too_long = session.questions[index], {}, False
         for spec in specs:
             plain = dataclasses.replace(spec, summarized=False)
             chosen = demonstrations_for(plain, question.id, sampled(session, index), seed=session.config.seed)
             for shown in chosen or ():
                 if shown.text not in summaries:
                     prompt = session.prompt(summary_message(question, shown.text))
+                    if len(prompt) >= session.contexts[large]:
+                        too_long = True
+                        continue
                     options = session.sampling("summaries", index, temperature=0.0)
                     rolled = session.engine(large).run([prompt], Requests.continuations([prompt], 1), options)
                     summaries[shown.text] = session.text(rolled.tokens[0])
-        session.run.save(piece, {}, {"summaries": summaries})
+        session.run.save(piece, {}, {"summaries": summaries, "too_long": too_long})
+
+
+def summary_too_long(session: Session, index: int) -> bool:
+    """Tells whether a solution of a question did not fit in the larger model's context, so has no summary."""
+    piece = f"summaries/{index:05d}"
+    return session.run.done(piece) and session.run.load(piece)[1]["too_long"]
 
 
 def sampled(session: Session, index: int) -> list[Demonstration]:

@@ -1,13 +1,15 @@
 """Rollouts of a diagnosis: the initial ones, the targeted ones that enrich the tree, and the oracle's."""
 
-import numpy as np
-from jaxtyping import Float
+import dataclasses
 
-from jaxopd.diagnose.nodes import path_tree, student_log_probs, teacher_scores
+import numpy as np
+
+from jaxopd.diagnose.nodes import initial_rollouts, path_tree, student_log_probs, teacher_scores
 from jaxopd.diagnose.session import Session
 from jaxopd.gradients import logit_gradient
 from jaxopd.rollouts import Requests
 from jaxopd.tree import (
+    WELL_VISITED,
     Counts,
     PathTree,
     SuccessEstimate,
@@ -35,18 +37,16 @@ def roll_out(session: Session) -> None:
 
 def enrich(session: Session, chosen: list[int]) -> None:
     """Launches targeted rollouts where the teachers disagree most with the student."""
-    config = session.config
     for index, piece in session.pieces("enrichment", chosen):
         tree = path_tree(session, index)
-        visits = rollout_counts(tree, session.run.load(f"rollouts/{index:05d}")[0]).pooled[:, :-1]
+        visits = rollout_counts(tree, initial_rollouts(session, index)).pooled[:, :-1]
         teachers, p = {}, np.zeros(tree.candidates.shape)
         for name in session.teachers:
             scores = teacher_scores(session, name, index)
             f, fbar = scores.known["reverse_kl"]
             p = np.exp(scores.log_p)
             teachers[name] = np.exp(scores.log_q), np.asarray(logit_gradient(scores.log_p, f, fbar))
-        budgets = {"by_gradient": config.by_gradient, "by_difference": config.by_difference, "n_min": config.n_min}
-        targets = paper_targets(tree, p, teachers, visits, tau=config.tau, **budgets)
+        targets = paper_targets(tree, p, teachers, visits, **session.config.targeting)
         session.run.save(piece, launch(session, index, tree, targets, "enrichment"))
 
 
@@ -76,12 +76,10 @@ def launch(session: Session, index: int, tree: PathTree, targets: Targets, stage
 
 
 def rollout_counts(tree: PathTree, *parts: dict[str, np.ndarray]) -> Counts:
-    """Counts visits and successes over initial (launch 0) and targeted rollouts together."""
-    width = max(part["tokens"].shape[1] for part in parts)
-    tokens = [np.pad(p["tokens"], ((0, 0), (0, width - p["tokens"].shape[1])), constant_values=-1) for p in parts]
+    """Counts visits and successes over initial and targeted rollouts together."""
     success = np.concatenate([part["grade"] == 1 for part in parts])
-    launched = [part.get("launch", np.zeros(len(part["grade"]), np.int64)) for part in parts]
-    return count(tree, walk(tree, np.concatenate(tokens)), success, np.concatenate(launched))
+    launched = np.concatenate([part["launch"] for part in parts])
+    return count(tree, walk(tree, [part["tokens"] for part in parts]), success, launched)
 
 
 def find_truth(session: Session, chosen: list[int]) -> None:
@@ -91,7 +89,7 @@ def find_truth(session: Session, chosen: list[int]) -> None:
         p = np.exp(student_log_probs(session, index, tree))
         coarse = path_tree(session, index)
         counted = (tree.candidates[:, :, None] == coarse.candidates[:, None, :]).any(-1)
-        least = np.where(counted, session.config.truth_rollouts // 4, 1)
+        least = np.where(counted, session.config.truth_rollouts // 4, WELL_VISITED)
         targets = exit_targets(tree, p, at_least=least, per_node=session.config.truth_rollouts)
         session.run.save(piece, launch(session, index, tree, targets, "truth"))
 
@@ -103,12 +101,8 @@ def true_success(session: Session, index: int, tree: PathTree, *parts: dict[str,
     p = np.exp(student_log_probs(session, index, fine))
     estimate = success_estimates(fine, rollout_counts(fine, *parts, oracle), p, "bellman")
     slot = (tree.candidates[:, :, None] == fine.candidates[:, None, :]).argmax(-1)
-
-    def at_candidates(values: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-        return np.where(tree.candidates >= 0, np.take_along_axis(values, slot, 1), np.nan)
-
-    fields = (at_candidates(getattr(estimate, name)) for name in ("value", "se", "low", "high"))
-    return SuccessEstimate(*fields)
+    at_candidates = (np.take_along_axis(getattr(estimate, f.name), slot, 1) for f in dataclasses.fields(estimate))
+    return SuccessEstimate(*at_candidates)
 
 
 def response_parts(session: Session, index: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxopd import scoring
 from jaxopd.diagnose.config import WATCHED
-from jaxopd.diagnose.demonstrations import shown_to, teacher_prompt
+from jaxopd.diagnose.demonstrations import shown_to, summary_too_long, teacher_prompt
 from jaxopd.diagnose.records import PER_NODE, TeacherScores, watched_ids
-from jaxopd.diagnose.session import Session
+from jaxopd.diagnose.session import Session, per_question
 from jaxopd.gradients import FORMS, Position, reward_to_go
 from jaxopd.models import Qwen
 from jaxopd.responses import response_hidden, response_log_probs, token_log_probs
@@ -30,21 +30,36 @@ class Paths:
 
     tree: PathTree | None
     excluded: str
-    finish: np.ndarray
+    finish: Int[np.ndarray, " M"]
+    rows: Int[np.ndarray, " M"]  # which of the initial rollouts they are
 
 
+@per_question
 def representative_paths(session: Session, index: int) -> Paths:
     """Picks the first distinct correct and incorrect rollouts; they are exchangeable, so any order is fair."""
     arrays, _ = session.run.load(f"rollouts/{index:05d}")
     tokens, success = arrays["tokens"], arrays["grade"] == 1
     excluded = _exclusion(session, index, success, tokens.shape[1])
     if excluded:
-        return Paths(None, excluded, arrays["finish"][:0])
+        return Paths(None, excluded, arrays["finish"][:0], np.zeros(0, np.int64))
     distinct = np.sort(np.unique(tokens, axis=0, return_index=True)[1])
     rows = [distinct[success[distinct] == outcome][: session.config.paths] for outcome in (True, False)]
     chosen = np.concatenate(rows)
     tree = build_tree([tokens[row][tokens[row] >= 0] for row in chosen], list(success[chosen]))
-    return Paths(tree, "", arrays["finish"][chosen])
+    return Paths(tree, "", arrays["finish"][chosen], chosen)
+
+
+def initial_rollouts(session: Session, index: int) -> dict[str, np.ndarray]:
+    """Reads a question's initial rollouts and adds how many of each one's tokens were given.
+
+    A path was chosen for its outcome, so it is no fair draw of what follows its tokens: all of them count as given.
+    """
+    arrays, _ = session.run.load(f"rollouts/{index:05d}")
+    launch = np.zeros(len(arrays["grade"]), np.int64)
+    paths = representative_paths(session, index)
+    if paths.tree is not None:
+        launch[paths.rows] = paths.tree.length
+    return arrays | {"launch": launch}
 
 
 def _exclusion(session: Session, index: int, success: np.ndarray, response: int) -> str:
@@ -54,7 +69,8 @@ def _exclusion(session: Session, index: int, success: np.ndarray, response: int)
         return "none incorrect"
     for spec in session.teachers.values():
         if shown_to(session, spec, index) is None:
-            return "no demonstration"
+            too_long = spec.summarized and summary_too_long(session, index)
+            return "prompt too long" if too_long else "no demonstration"
         # The context is known from the config: loading the teacher here would load every teacher for every question.
         context = session.contexts[spec.model or session.config.student]
         if len(teacher_prompt(session, spec, index)) + response > context:
@@ -92,6 +108,7 @@ def watch(session: Session) -> None:
             session.run.save(piece, {"ids": ids, "logp": logp}, facts)
 
 
+@per_question
 def path_tree(session: Session, index: int, floor: float | None = None) -> PathTree:
     """Gives a question's path tree with the tokens that any model gives more than tau.
 

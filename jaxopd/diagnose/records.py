@@ -6,7 +6,8 @@ questions  question, task, prompt, gold, pass_rate, difficulty, counts of rollou
 paths      question, path, correct, length, finish, text
 nodes      question, path, t, teacher, estimator: probabilities, P_succ with interval, V(u), success range, |g_ideal|,
            teacher advantage (Eq. 2.1), full-vocabulary divergences, align_<form> and align_<form>_restricted (Eq. 2.12)
-tokens     question, path, t, token: P, Q of each teacher, visits, P_succ and its standard error per estimator
+tokens     question, path, t, token: P, Q of each teacher, visits (all, and those that count for on_policy), P_succ
+           and its standard error per estimator
 """
 
 from collections.abc import Callable, Mapping
@@ -151,7 +152,7 @@ def node_table(
             **{key: values[node] for key, values in teacher.per_node.items()},
         }
         for estimator, estimate in estimates.items():
-            S = support(tree, counts, estimate, n_sig)
+            S = support(tree, estimate, n_sig)
             at = positions(teacher, estimate, S, samples)
             analytic = {form: (_bucketed(f, 0.0), fbar) for form, (f, fbar) in teacher.known.items()}
             scores = node_alignment(at, known=analytic | samples.known(at))
@@ -197,6 +198,7 @@ def token_table(
         "text": [text_of(int(k)) for k in token],
         "p": np.exp(first.log_p[node, slot]),
         "visits": counts.pooled[node, slot],
+        "visits_on_policy": counts.on_policy[node, slot],
     }
     for estimator, estimate in estimates.items():
         columns[f"p_succ_{estimator}"] = estimate.value[node, slot].astype(np.float32)

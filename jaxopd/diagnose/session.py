@@ -1,9 +1,10 @@
 """What every stage of a diagnosis shares: questions, models, prompts, grading and the run folder."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,20 @@ from jaxopd.tasks.demonstrations import load_demonstrations
 from jaxopd.types import Question
 
 Progress = Callable[[str, int, int], None]  # stage, pieces done, pieces in all
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def per_question(function: F) -> F:
+    """Keeps, for the life of a session, what `function(session, index, ...)` made of finished pieces."""
+
+    @functools.wraps(function)
+    def kept(session: "Session", index: int, *rest: Any) -> Any:
+        key = (function.__name__, index, *rest)
+        if key not in session.kept:
+            session.kept[key] = function(session, index, *rest)
+        return session.kept[key]
+
+    return kept  # type: ignore[return-value]
 
 
 class Session:
@@ -37,6 +52,7 @@ class Session:
         needs_large = [spec.name for spec in self.teachers.values() if spec.summarized or spec.source == "large"]
         if needs_large and config.large is None and self.given is None:
             raise InputError(f"--large: found none, expected a model: teacher {needs_large[0]} needs one")
+        self.kept: dict[tuple, Any] = {}
         self._models: dict[str, Qwen] = {}
         self._engines: dict[str, Engine] = {}
         self.student = self.model(config.student)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from jaxopd.diagnose.launches import rollout_counts, true_success
-from jaxopd.diagnose.nodes import Paths, path_tree, representative_paths, teacher_scores
+from jaxopd.diagnose.nodes import Paths, initial_rollouts, path_tree, representative_paths, teacher_scores
 from jaxopd.diagnose.records import InitialRollouts, difficulty, empty_nodes, node_table, token_table
 from jaxopd.diagnose.session import Session
 from jaxopd.rollouts import LENGTH
@@ -29,12 +29,12 @@ def record(session: Session) -> None:
 
 def _tables(session: Session, index: int) -> dict[str, pd.DataFrame]:
     question, paths = session.questions[index], representative_paths(session, index)
-    rolled, _ = session.run.load(f"rollouts/{index:05d}")
     if paths.tree is None:
+        rolled, _ = session.run.load(f"rollouts/{index:05d}")
         summary = _summary(session, index, rolled, paths, 0)
         nothing = pd.DataFrame({name: pd.Series(dtype=object) for name in PATH_COLUMNS})
         return {"questions": summary, "paths": nothing, "nodes": empty_nodes(), "tokens": nothing[["question", "path"]]}
-    tree = path_tree(session, index)
+    tree, rolled = path_tree(session, index), initial_rollouts(session, index)
     targeted, _ = session.run.load(f"enrichment/{index:05d}")
     initial = InitialRollouts(walk(tree, rolled["tokens"]), rolled["grade"] == 1)
     teachers = {name: teacher_scores(session, name, index) for name in session.teachers}

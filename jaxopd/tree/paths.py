@@ -15,6 +15,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+WINDOW = 128  # depths compared at a time: few enough that most rollouts are read little beyond where they leave
+CELLS = 1 << 20  # weights [G, T] summed at a time
+
 EXIT, LEAF = -1, -2  # children that are no node: off the paths; the end of a path, whose outcome is known
 
 
@@ -117,28 +120,52 @@ class Walks:
         return Walks(self.common[index], self.slot[index])
 
 
-def walk(tree: PathTree, sequences: Int[np.ndarray, "G S"], *, block: int = 4096) -> Walks:
+def walk(
+    tree: PathTree, sequences: Int[np.ndarray, "G S"] | Sequence[Int[np.ndarray, "_ _"]], *, block: int = 4096
+) -> Walks:
     """Compares whole responses (padded with -1, from the first response token) with every path.
 
-    Memory is `block` M T, whatever G.
+    `sequences` is one array or a list of parts of any widths, in memory or mapped from disk. A response is read no
+    further than it follows a path, and copied never: beside the result, memory is `block` (WINDOW + K) tokens.
     """
-    G, T = len(sequences), tree.tokens.shape[1]
-    padded = np.full((G, T + 1), -1, np.int64)
-    width = min(T + 1, sequences.shape[1])
-    padded[:, :width] = sequences[:, :width]
-    common = np.empty((G, len(tree.length)), np.int64)
-    for low in range(0, G, block):
-        rows = padded[low : low + block, None, :T]
-        differs = (rows != tree.tokens[None]) | (tree.tokens[None] < 0)
-        common[low : low + block] = np.where(differs.any(-1), differs.argmax(-1), T)
-    slot = np.full(common.shape, -1, np.int64)
-    for a in range(len(tree.length)):
-        at = common[:, a]
-        own = np.take_along_axis(padded, at[:, None], 1)[:, 0]
-        leaves = (at < tree.length[a]) & (own >= 0)
-        match = tree.candidates[tree.node_of[a, at[leaves]]] == own[leaves, None]
-        slot[leaves, a] = np.where(match.any(1), match.argmax(1), tree.candidates.shape[1])
+    parts = [sequences] if isinstance(sequences, np.ndarray) else sequences
+    G, M = sum(map(len, parts)), len(tree.length)
+    common, slot = np.empty((G, M), np.int64), np.empty((G, M), np.int64)
+    row = 0
+    for part in parts:
+        for low in range(0, len(part), block):
+            rows = part[low : low + block]
+            here = slice(row, row + len(rows))
+            for a, length in enumerate(tree.length):
+                common[here, a] = _followed(rows, tree.tokens[a, :length])
+                slot[here, a] = _taken_slot(tree, a, rows, common[here, a])
+            row += len(rows)
     return Walks(common, slot)
+
+
+def _followed(rows: Int[np.ndarray, "B S"], path: Int[np.ndarray, " T"]) -> Int[np.ndarray, " B"]:
+    """Counts the tokens each row shares with the path, looking at WINDOW depths of the rows still on it at a time."""
+    common = np.full(len(rows), min(rows.shape[1], len(path)))
+    path, on_path = path.astype(np.int32), np.arange(len(rows))
+    for low in range(0, common.max(initial=0), WINDOW):
+        ahead = path[low : low + WINDOW]
+        differs = rows[on_path, low : low + len(ahead)].astype(np.int32, copy=False) != ahead[: rows.shape[1] - low]
+        leaves = differs.any(1)
+        common[on_path[leaves]] = low + differs[leaves].argmax(1)
+        on_path = on_path[~leaves]
+    return common
+
+
+def _taken_slot(tree: PathTree, a: int, rows: np.ndarray, common: np.ndarray) -> Int[np.ndarray, " B"]:
+    """Finds each row's own token, where it leaves path a, among the candidates there (see `Walks.slot`)."""
+    slot = np.full(len(rows), -1, np.int64)
+    leaves = np.flatnonzero(common < min(rows.shape[1], tree.length[a]))
+    at = common[leaves]
+    own = rows[leaves, at]
+    leaves, at, own = (x[own >= 0] for x in (leaves, at, own))
+    match = tree.candidates[tree.node_of[a, at]] == own[:, None]
+    slot[leaves] = np.where(match.any(1), match.argmax(1), tree.candidates.shape[1])
+    return slot
 
 
 @dataclass(frozen=True)
@@ -189,21 +216,35 @@ def tally(
         along = walks.common[:, a]
         nodes = tree.node_of[a, first:end]
         total[nodes, slot_of[nodes]] += _along(weight, np.maximum(since, first), along, first, end)
-        leaves = (walks.slot[:, a] >= 0) & (along >= np.maximum(since, first))
+        leaves = np.flatnonzero((walks.slot[:, a] >= 0) & (along >= np.maximum(since, first)))
         at = along[leaves]
         own = weight[leaves] if weight.ndim == 1 else weight[leaves, at]
-        np.add.at(total, (tree.node_of[a, at], walks.slot[leaves, a]), own)
+        edge = tree.node_of[a, at] * (K + 1) + walks.slot[leaves, a]
+        np.add.at(total.reshape(-1), edge, own)
     return total
 
 
 def _along(weight: np.ndarray, low: np.ndarray, high: np.ndarray, first: int, end: int) -> np.ndarray:
     """Sums weights over the depths low <= t < high of each rollout, for t in [first, end)."""
+    kept = np.flatnonzero(low < high)
     if weight.ndim == 2:
-        depth = np.arange(first, end)[None]
-        inside = (depth >= low[:, None]) & (depth < high[:, None])
-        return np.where(inside, weight[:, first:end], 0.0).sum(0)
-    kept = low < high
+        return _along_depths(weight, kept, low, high, first, end)
     size = end - first + 1
     opened = np.bincount(np.minimum(low[kept], end) - first, weight[kept], size)
     closed = np.bincount(np.minimum(high[kept], end) - first, weight[kept], size)
     return np.cumsum(opened - closed)[:-1]
+
+
+def _along_depths(
+    weight: np.ndarray, kept: np.ndarray, low: np.ndarray, high: np.ndarray, first: int, end: int
+) -> np.ndarray:
+    """`_along` for weights that differ by depth, reading no cell that does not count but a few."""
+    total = np.zeros(end - first)
+    kept = kept[np.argsort(high[kept])]  # rows of a block then reach about equally deep
+    block = max(1, CELLS // (end - first))
+    for at in range(0, len(kept), block):
+        rows = kept[at : at + block]
+        depth = np.arange(first, min(end, high[rows[-1]]))[None]
+        inside = (depth >= low[rows, None]) & (depth < high[rows, None])
+        total[: depth.size] += np.where(inside, weight[rows, first : first + depth.size], 0.0).sum(0)
+    return total

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jaxopd.errors import InputError
 from jaxopd.tree.paths import EXIT, LEAF, Counts, PathTree
@@ -29,6 +29,7 @@ class SuccessEstimate:
     se: Float[np.ndarray, "N K"]
     low: Float[np.ndarray, "N K"]
     high: Float[np.ndarray, "N K"]
+    visits: Int[np.ndarray, "N K"]  # on which `support` judges it
 
 
 def success_estimates(
@@ -94,15 +95,18 @@ def bellman(tree: PathTree, counts: Counts, p: Float[np.ndarray, "N K"]) -> Succ
     low = np.where(extreme, np.maximum(value - Z95 * se, 0), low)
     high = np.where(extreme, np.minimum(value + Z95 * se, 1), high)
     low, high = np.where(tree.child == EXIT, exits.low, low), np.where(tree.child == EXIT, exits.high, high)
-    return SuccessEstimate(value, np.where(tree.child == EXIT, exits.se, se), low, high)
+    return SuccessEstimate(value, np.where(tree.child == EXIT, exits.se, se), low, high, counts.pooled[:, :-1])
 
 
 ESTIMATORS: Mapping = MappingProxyType({"pooled": pooled, "on_policy": on_policy, "bellman": bellman})
 
 
-def support(tree: PathTree, counts: Counts, estimate: SuccessEstimate, n_sig: int = 20) -> Bool[np.ndarray, "N K"]:
-    """S_u: candidates with at least `n_sig` visits and a known P_succ (paper A, section 2.1)."""
-    return (tree.candidates >= 0) & (counts.pooled[:, :-1] >= n_sig) & np.isfinite(estimate.value)
+def support(tree: PathTree, estimate: SuccessEstimate, n_sig: int = 20) -> Bool[np.ndarray, "N K"]:
+    """S_u: candidates with at least `n_sig` visits and a known P_succ (paper A, section 2.1).
+
+    The visits are pooled, as the paper's; those of `on_policy` are the ones it averages.
+    """
+    return (tree.candidates >= 0) & (estimate.visits >= n_sig) & np.isfinite(estimate.value)
 
 
 def _variance(visits: np.ndarray, successes: np.ndarray) -> np.ndarray:
@@ -114,7 +118,8 @@ def _variance(visits: np.ndarray, successes: np.ndarray) -> np.ndarray:
 def _proportions(visits: np.ndarray, successes: np.ndarray) -> SuccessEstimate:
     value = np.divide(successes, visits, out=np.full(visits.shape, np.nan), where=visits > 0)
     low, high = _wilson(value, visits.astype(float))
-    return SuccessEstimate(value, np.where(visits > 0, np.sqrt(_variance(visits, successes)), np.nan), low, high)
+    se = np.where(visits > 0, np.sqrt(_variance(visits, successes)), np.nan)
+    return SuccessEstimate(value, se, low, high, visits)
 
 
 def _wilson(value: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

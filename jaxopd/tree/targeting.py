@@ -1,6 +1,6 @@
 """Where to launch targeted rollouts: the paper's allocation (section 2.5, appendix D)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,20 +40,32 @@ def paper_targets(
 
     A teacher is (q [N, K], reverse-KL gradient P(l - lbar) [N, K]) over the full vocabulary. Candidates have P or Q
     above `tau`. In each depth window of each path, every teacher picks the `by_gradient` largest |P(l - lbar)| and
-    the `by_difference` largest |Q - P|; the union over teachers is enriched.
+    the `by_difference` largest |Q - P|; the union over paths and teachers is enriched. A rollout counts at every node
+    it was forced through (section 2.5), so deep tokens go first and what passes above them is not launched again.
     """
     chosen = np.zeros(tree.candidates.shape, bool)
-    windows = depth_window(tree.depth, window)
-    groups = np.unique(np.stack([tree.owner, windows], 1), axis=0)
     for q, gradient in teachers.values():
         eligible = (tree.candidates >= 0) & ((p > tau) | (q > tau))
-        for owner, number in groups:
-            inside = eligible & ((tree.owner == owner) & (windows == number))[:, None]
-            for score, budget in ((np.abs(gradient), by_gradient), (np.abs(q - p), by_difference)):
-                ranked = np.argsort(np.where(inside, -score, np.inf), axis=None, kind="stable")[:budget]
-                chosen.flat[ranked[inside.flat[ranked]]] = True
-    number = np.where(chosen, np.maximum(n_min - visits, 0), 0)
+        for score, budget in ((np.abs(gradient), by_gradient), (np.abs(q - p), by_difference)):
+            ranked = np.where(eligible, score, -np.inf)
+            for nodes in _windows(tree, window):
+                best = np.argsort(-ranked[nodes], axis=None, kind="stable")[:budget]
+                row, slot = np.unravel_index(best, ranked[nodes].shape)
+                chosen[nodes[row], slot] |= np.isfinite(ranked[nodes[row], slot])
+    number = np.zeros(tree.candidates.shape, np.int64)
+    passing = np.zeros(len(tree.owner), np.int64)  # launches at a node or below it
+    for nodes in tree.levels[::-1]:
+        through = np.where(tree.child[nodes] >= 0, passing[tree.child[nodes]], 0)
+        number[nodes] = np.where(chosen[nodes], np.maximum(n_min - visits[nodes] - through, 0), 0)
+        passing[nodes] = (number[nodes] + through).sum(1)
     return _launches(tree, number)
+
+
+def _windows(tree: PathTree, width: int) -> Iterator[Int[np.ndarray, " n"]]:
+    """Yields the nodes of each depth window of each path; paths share the nodes of their common prefix."""
+    for nodes, length in zip(tree.node_of, tree.length, strict=True):
+        window = depth_window(np.arange(length), width)
+        yield from np.split(nodes[:length], np.flatnonzero(np.diff(window)) + 1)
 
 
 def exit_targets(
