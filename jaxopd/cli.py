@@ -21,6 +21,8 @@ from jaxopd.diagnose.session import Progress as Report
 from jaxopd.diagnose.session import Session
 from jaxopd.errors import InputError
 
+PIPED_WIDTH = 140  # columns of a table that goes into a file
+
 TOY_TEACHERS = (
     "Self-1C=self:1c",
     "Self-1C-X=self:1c@large",
@@ -90,7 +92,7 @@ class Truth:
     """Folder of the run whose questions become decision processes; made when absent."""
     student: str = "S"
     """Toy student: S or M."""
-    questions: int = 8
+    questions: int = 10
     """Questions of each of the three flavours."""
     per_window: int = 20
     """Targets a depth window and teacher, by each of the two criteria."""
@@ -174,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; 0 when it worked, 2 with one sentence on bad input or a full disk."""
     verb = tyro.cli(Verb, args=arguments, prog="jaxopd", description=__doc__)
     try:
-        verb.run(Console())
+        console = Console()
+        verb.run(console if console.is_terminal else Console(width=PIPED_WIDTH))
     except InputError as error:
         print(f"jaxopd: {error}", file=sys.stderr)
         return 2

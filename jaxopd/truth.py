@@ -203,8 +203,8 @@ def _edge_errors(exact: Exact, found: Replicates) -> Iterator[tuple[str, str, np
         error = np.where(decision, found.value[name] - exact.success[None], np.nan)
         inside = np.where(decision, found.covered[name], np.nan)
         sets = {
-            "ancestors of launches": found.above,
-            "those with N_sig on-policy visits": found.above & found.measured,
+            "above launches": found.above,
+            "above, N_sig on-policy visits": found.above & found.measured,
             "all of S_u": np.ones_like(found.above),
         }
         for where, kept in sets.items():
