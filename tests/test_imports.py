@@ -13,6 +13,7 @@ LAYERS = [
     {"rollouts", "scoring", "responses", "tree", "gradients"},
     {"alignment", "runs"},
     {"diagnose", "truth", "train", "toy", "report"},
+    {"verbs"},
     {"cli"},
 ]
 FILES = sorted([*(ROOT / "jaxopd").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
