@@ -9,7 +9,6 @@ from jaxopd.diagnose.session import Session
 from jaxopd.gradients import logit_gradient
 from jaxopd.rollouts import Requests
 from jaxopd.tree import (
-    WELL_VISITED,
     Counts,
     PathTree,
     SuccessEstimate,
@@ -89,7 +88,7 @@ def find_truth(session: Session, chosen: list[int]) -> None:
         p = np.exp(student_log_probs(session, index, tree))
         coarse = path_tree(session, index)
         counted = (tree.candidates[:, :, None] == coarse.candidates[:, None, :]).any(-1)
-        least = np.where(counted, session.config.truth_rollouts // 4, WELL_VISITED)
+        least = np.where(counted, session.config.truth_rollouts // 4, 1)
         targets = exit_targets(tree, p, at_least=least, per_node=session.config.truth_rollouts)
         session.run.save(piece, launch(session, index, tree, targets, "truth"))
 

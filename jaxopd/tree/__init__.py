@@ -1,23 +1,24 @@
 """The generation tree: paths, visits, targets, success probabilities and the exact oracle."""
 
 from jaxopd.tree.paths import EXIT, LEAF, Counts, PathTree, Walks, build_tree, count, tally, walk
-from jaxopd.tree.success import ESTIMATORS, WELL_VISITED, SuccessEstimate, success_estimates, support
+from jaxopd.tree.success import ESTIMATORS, SuccessEstimate, back_up, exit_values, success_estimates, support
 from jaxopd.tree.targeting import Targets, depth_window, exit_targets, paper_targets
 
 __all__ = [
     "ESTIMATORS",
     "EXIT",
     "LEAF",
-    "WELL_VISITED",
     "Counts",
     "PathTree",
     "SuccessEstimate",
     "Targets",
     "Walks",
+    "back_up",
     "build_tree",
     "count",
     "depth_window",
     "exit_targets",
+    "exit_values",
     "paper_targets",
     "success_estimates",
     "support",

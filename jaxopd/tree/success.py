@@ -3,8 +3,8 @@
 pooled     successes / visits of every rollout that passes, as the paper counts. Biased: a targeted rollout was forced
            through the edges above its launch point, at tokens chosen because the teacher disagrees there.
 on_policy  only rollouts launched at or above the edge. Unbiased, noisy at the ancestors of launches.
-bellman    V(u) = sum_k P(k|u) V(u, k), backward along the tree: exits by their own rollouts, on-path children by the
-           recursion, tokens with few visits by on-policy transitions, the end of a path by its known outcome.
+bellman    V(u) = sum_k P(k|u) V(u, k), backward along the tree: exits by their own rollouts and one pseudo-count at
+           their node's value, on-path children by the recursion, the end of a path by its known outcome.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,8 @@ from jaxopd.errors import InputError
 from jaxopd.tree.paths import EXIT, LEAF, Counts, PathTree
 
 Z95 = 1.959963984540054
-WELL_VISITED = 4  # visits from which a token is an exit of its own in `bellman`
+SWEEPS = 3  # of the recursion, until the exits' prior is that of their node
+NODE_RANGE = 0.02, 0.98  # of an exit's prior, so that no exit is ever taken for certain
 
 
 @dataclass(frozen=True)
@@ -55,47 +56,60 @@ def on_policy(tree: PathTree, counts: Counts, p: Float[np.ndarray, "N K"]) -> Su
 
 
 def bellman(tree: PathTree, counts: Counts, p: Float[np.ndarray, "N K"]) -> SuccessEstimate:
-    """V(u) = sum_k P(k|u) V(u, k), deepest nodes first.
+    """V(u) = sum_k P(k|u) V(u, k), deepest nodes first; exits from the rollouts that took them.
 
-    Unknown mass r takes the mean of the on-policy transitions into it; without any it takes V(u) itself, that is,
-    the known tokens are renormalised. Exits are independent given their visits, so variances add with the squares
-    of the same weights.
+    Exits are independent given their visits, so variances add up with the squares of the same weights. An exit's own
+    interval is that of its rollouts.
     """
-    exits = _proportions(counts.on_policy[:, :-1], counts.on_policy_success[:, :-1])
-    visits = counts.on_policy[:, :-1]
-    value = np.where(tree.child == LEAF, tree.outcome, exits.value)
-    variance = np.where(tree.child == LEAF, 0.0, _variance(visits, counts.on_policy_success[:, :-1]))
-    known = (tree.candidates >= 0) & ((tree.child != EXIT) | (visits >= WELL_VISITED))
-    rest_visits = counts.free[:, -1] + np.where(known, 0, counts.free[:, :-1]).sum(1)
-    rest_success = counts.free_success[:, -1] + np.where(known, 0, counts.free_success[:, :-1]).sum(1)
-    rest = np.divide(rest_success, rest_visits, out=np.zeros(len(rest_visits)), where=rest_visits > 0)
-    rest_variance = _variance(rest_visits, rest_success)
-    weight = np.where(known, p, 0.0)
-    unknown = np.maximum(1.0 - weight.sum(1), 0.0)
-    parent, slot = tree.parent_edge
+    exits = _proportions(counts.on_policy, counts.on_policy_success)
+    x = exit_values(tree, counts, p)
+    _, value = back_up(tree, p, x, tree.outcome)
+    noise = _variance(counts.on_policy, counts.on_policy_success)
+    _, variance = back_up(tree, p, noise, np.zeros(p.shape), squared=True)
+    certain = np.full(p.shape, np.inf)
+    low, high = _wilson(value, np.divide(value * (1 - value), variance, out=certain, where=variance > 0))
+    own = (tree.child == EXIT) & (exits.visits[:, :-1] > 0)
+    low, high = np.where(own, exits.low[:, :-1], low), np.where(own, exits.high[:, :-1], high)
+    return SuccessEstimate(value, np.sqrt(variance), low, high, counts.pooled[:, :-1])
+
+
+def exit_values(
+    tree: PathTree, counts: Counts, p: Float[np.ndarray, "N K"], prior: float = 1.0
+) -> Float[np.ndarray, "N K1"]:
+    """Gives x = (s + prior V(u)) / (n + prior) at every exit and (slot K) the rest of each node's tokens.
+
+    V(u) comes from x itself, by sweeps from the overall success rate on: an exit that was never taken is worth what
+    its node is.
+    """
+    visits, success = counts.on_policy, counts.on_policy_success
+    mean = np.full(len(p), success.sum() / max(1, visits.sum()))
+    for _ in range(SWEEPS):
+        x = (success + prior * np.clip(mean, *NODE_RANGE)[:, None]) / (visits + prior)
+        mean, _ = back_up(tree, p, x, tree.outcome)
+    return x
+
+
+def back_up(
+    tree: PathTree,
+    p: Float[np.ndarray, "N K"],
+    exits: Float[np.ndarray, "N K1"],
+    leaves: Float[np.ndarray, "N K"],
+    *,
+    squared: bool = False,
+) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, "N K"]]:
+    """Carries values at exits and leaves up the tree, v(u) = sum_k P_k v(u, k) + r v(u, rest).
+
+    `squared` weighs with the squares of P: variances of independent exits. Gives v of each node and of each candidate.
+    """
+    p = np.where(tree.candidates >= 0, p, 0.0)
+    rest = np.maximum(1.0 - p.sum(1), 0.0)
+    weight, rest = (p**2, rest**2) if squared else (p, rest)
+    node, edge = np.zeros(len(p)), np.where(tree.child == LEAF, leaves, exits[:, :-1])
     for nodes in tree.levels[::-1]:
-        w, r, sampled = weight[nodes], unknown[nodes], rest_visits[nodes] > 0
-        total = w.sum(1)
-        inner = (w * np.where(w > 0, value[nodes], 0.0)).sum(1)
-        spread = (w**2 * np.where(w > 0, variance[nodes], 0.0)).sum(1)
-        scale = np.where(sampled, 1.0, np.maximum(total, 1e-300))
-        v = (inner + np.where(sampled, r * rest[nodes], 0.0)) / scale
-        # Unsampled mass is worth anything between 0 and 1 around V(u): the spread of a single draw.
-        hidden = np.where(sampled, rest_variance[nodes], v * (1 - v))
-        v_variance = spread / scale**2 + r**2 * hidden
-        edges = (parent[nodes], slot[nodes])
-        if nodes[0] != 0:  # the root has no edge above it
-            value[edges], variance[edges] = v, v_variance
-    se = np.sqrt(variance)
-    low, high = _wilson(
-        value, np.divide(value * (1 - value), variance, out=np.full(p.shape, np.inf), where=variance > 0)
-    )
-    on_tree = tree.child >= 0
-    extreme = on_tree & ((value <= 0) | (value >= 1))
-    low = np.where(extreme, np.maximum(value - Z95 * se, 0), low)
-    high = np.where(extreme, np.minimum(value + Z95 * se, 1), high)
-    low, high = np.where(tree.child == EXIT, exits.low, low), np.where(tree.child == EXIT, exits.high, high)
-    return SuccessEstimate(value, np.where(tree.child == EXIT, exits.se, se), low, high, counts.pooled[:, :-1])
+        child = tree.child[nodes]
+        edge[nodes] = np.where(child >= 0, node[child], edge[nodes])
+        node[nodes] = (weight[nodes] * edge[nodes]).sum(1) + rest[nodes] * exits[nodes, -1]
+    return node, edge
 
 
 ESTIMATORS: Mapping = MappingProxyType({"pooled": pooled, "on_policy": on_policy, "bellman": bellman})
@@ -110,9 +124,9 @@ def support(tree: PathTree, estimate: SuccessEstimate, n_sig: int = 20) -> Bool[
 
 
 def _variance(visits: np.ndarray, successes: np.ndarray) -> np.ndarray:
-    """z (1 - z) / n at the smoothed z = (s + 1/2) / (n + 1), which never claims certainty; inf unvisited."""
-    z = (successes + 0.5) / (visits + 1)
-    return np.divide(z * (1 - z), visits, out=np.full(visits.shape, np.inf), where=visits > 0)
+    """z (1 - z) / n at z = (s + 1/4) / (n + 1/2), which never claims certainty; without visits that of one draw."""
+    z = (successes + 0.25) / (visits + 0.5)
+    return z * (1 - z) / np.maximum(visits, 1)
 
 
 def _proportions(visits: np.ndarray, successes: np.ndarray) -> SuccessEstimate:
