@@ -1,0 +1,133 @@
+"""Where the next rollouts teach most: Neyman's allocation over exits.
+
+An exit is an off-path candidate of a path node, or the pooled rest of its off-path tokens (slot K). The value of a
+path node is linear in the values x of the exits, V(v) = sum_k P_k V(v, k) + r x_rest, so every reported number is a
+smooth function of x. One pass from the root to the leaves gives its derivative A_e by every exit; a number's variance
+is sum_e A_e^2 x_e (1 - x_e) / n_e, least at a given cost if n_e ~ |A_e| sqrt(x_e (1 - x_e) / length_e).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxopd.tree.paths import EXIT, Counts, PathTree
+from jaxopd.tree.success import back_up, exit_values
+
+PRIOR = 2.0  # pseudo-counts of an exit at its node's value where rollouts are spent; 1 where values are reported
+LEAST_POWER = 0.15  # of |g|^2, below which its noise is not subtracted
+
+
+@dataclass(frozen=True)
+class ExitProblem:
+    """A tree with the student's P, the set S of tokens that are compared, and the teachers' unit gradients on S.
+
+    `unit` holds u = P(f - fbar) / ||.|| of each teacher on S, 0 elsewhere; without teachers only the size of the
+    ideal gradient's error counts, and the rollouts serve whichever teacher comes later.
+    """
+
+    tree: PathTree
+    p: Float[np.ndarray, "N K"]
+    compared: Bool[np.ndarray, "N K"]
+    unit: Float[np.ndarray, "M N K"]
+
+    @property
+    def rest(self) -> Float[np.ndarray, " N"]:
+        """The student's probability of all tokens that are no candidates."""
+        return np.maximum(1.0 - np.where(self.tree.candidates >= 0, self.p, 0.0).sum(1), 0.0)
+
+    @property
+    def mass(self) -> Float[np.ndarray, "N K1"]:
+        """The probability of each exit, 0 where there is none."""
+        exits = (self.tree.candidates >= 0) & (self.tree.child == EXIT)
+        return np.concatenate([np.where(exits, self.p, 0.0), self.rest[:, None]], 1)
+
+    @property
+    def weight(self) -> Float[np.ndarray, "N K"]:
+        """P renormalised on S at nodes where S has two tokens or more, else 0."""
+        decision = self.compared & (self.compared.sum(1, keepdims=True) >= 2)
+        inside = np.where(decision, self.p, 0.0)
+        return inside / np.maximum(inside.sum(1, keepdims=True), 1e-300)
+
+    def gradient(self, exits: Float[np.ndarray, "N K1"]) -> Float[np.ndarray, "N K"]:
+        """The ideal gradient P(V - Vbar) on S, from the values of the exits."""
+        _, edge = back_up(self.tree, self.p, exits, self.tree.outcome)
+        w = self.weight
+        return w * (edge - (w * edge).sum(1, keepdims=True))
+
+    def influence(self, g: Float[np.ndarray, "N K"]) -> tuple[Float[np.ndarray, "M N K1"], Float[np.ndarray, "N K1"]]:
+        """Differentiates each teacher's global cosine by the exits, and sums the squared derivatives of the gradient.
+
+        With N_D = sum <g, u>, D = sum |g|^2 and n nodes the cosine is N_D / sqrt(n D).
+        """
+        w, mass = self.weight, self.mass
+        n, power = max(1, int((w.sum(1) > 0).sum())), max(float((g**2).sum()), 1e-12)
+        through = w**2 * ((1 - w) ** 2 + (w**2).sum(1, keepdims=True) - w**2)
+        by_gradient = w * (g - (w * g).sum(1, keepdims=True))
+        by_teacher = w * (self.unit - (w * self.unit).sum(-1, keepdims=True))
+        along = (g * self.unit).sum((1, 2)) / power
+        a = (by_teacher - along[:, None, None] * by_gradient) / np.sqrt(n * power)
+        M, N, _ = a.shape
+        alpha, size = np.zeros((M, N)), np.zeros(N)  # of the nodes' own values
+        for nodes in self.tree.levels:
+            child = self.tree.child[nodes]
+            row, slot = np.nonzero(child >= 0)
+            at, below = nodes[row], child[row, slot]
+            alpha[:, below] = a[:, at, slot] + self.p[at, slot] * alpha[:, at]
+            size[below] = through[at, slot] + self.p[at, slot] ** 2 * size[at]
+        exits = mass[:, :-1] > 0
+        A, H = np.zeros((M, *mass.shape)), np.zeros(mass.shape)
+        A[:, :, :-1] = np.where(exits, a + self.p * alpha[:, :, None], 0.0)
+        H[:, :-1] = np.where(exits, through + self.p**2 * size[:, None], 0.0)
+        A[:, :, -1], H[:, -1] = self.rest * alpha, self.rest**2 * size
+        return A, H
+
+
+def neyman(
+    problem: ExitProblem,
+    counts: Counts,
+    length: Float[np.ndarray, " N"],
+    tokens: float,
+    rng: np.random.Generator,
+) -> Int[np.ndarray, "N K1"]:
+    """Spends `tokens` on exits; `length` is what a rollout from a node costs, tokens.
+
+    A launch at (node, slot K) draws its first token from P restricted to the tokens that are no candidates.
+    """
+    visits = counts.on_policy
+    x = exit_values(problem.tree, counts, problem.p, PRIOR)
+    g = problem.gradient(x)
+    A, H = problem.influence(g)
+    n, power = max(1, int((problem.weight.sum(1) > 0).sum())), max(float((g**2).sum()), 1e-12)
+    score = np.sqrt((A**2).sum(0) + max(1, len(A)) * H / (n * power))
+    cost = np.maximum(length, 1.0)[:, None]
+    wanted = np.where(problem.mass > 0, score * np.sqrt(x * (1 - x) / cost), 0.0)
+
+    def spent(scale: float) -> np.ndarray:
+        return np.maximum(scale * wanted - np.where(wanted > 0, visits, 0), 0.0)
+
+    low, high = 0.0, 1.0
+    if not wanted.any():
+        return np.zeros(wanted.shape, np.int64)
+    while (spent(high) * cost).sum() < tokens:
+        high *= 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (spent(middle) * cost).sum() < tokens else (low, middle)
+    number = spent(low)
+    return np.floor(number + rng.random(number.shape)).astype(np.int64)
+
+
+def global_cosines(problem: ExitProblem, counts: Counts) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, "M M"]]:
+    """Estimates each teacher's global cosine, noise taken out of sum |g|^2, and the covariance of the estimates."""
+    visits, success = counts.on_policy, counts.on_policy_success
+    x = exit_values(problem.tree, counts, problem.p)
+    g = problem.gradient(x)
+    A, H = problem.influence(g)
+    n, power = max(1, int((problem.weight.sum(1) > 0).sum())), float((g**2).sum())
+    noise = (H * x * (1 - x) * visits / (visits + 1) ** 2).sum()
+    cleaned = max(power - noise, LEAST_POWER * power, 1e-12)
+    cosine = (g * problem.unit).sum((1, 2)) / np.sqrt(n * cleaned)
+    z = (success + 0.25) / (visits + 0.5)
+    variance = np.where(problem.mass > 0, z * (1 - z) / np.maximum(visits, 0.5), 0.0)
+    return cosine, np.einsum("aij,bij,ij->ab", A, A, variance)
