@@ -17,6 +17,7 @@ from scipy import stats
 
 from jaxopd.errors import InputError
 from jaxopd.gradients import FORMS, READINGS, Form, Position, Reading, gradient, ideal, on_support
+from jaxopd.types import bucket
 
 STATISTICS = ("mean", "sr_weighted", "filtered", "global", "fraction_positive")
 MIN_IDEAL_NORM = 0.01  # nodes with a smaller |g_ideal| are mostly noise
@@ -104,10 +105,10 @@ def node_alignment(
     if unknown := [name for name in known or {} if name not in forms]:
         raise InputError(f"known: found the form {unknown[0]!r}, expected some of {', '.join(forms)}")
     n = positions.log_p.shape[0]
-    bucket = max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
+    size = bucket(n, SMALLEST_BUCKET)
 
     def pad(array: Array) -> np.ndarray:
-        return np.pad(np.asarray(array), [(0, bucket - n)] + [(0, 0)] * (np.ndim(array) - 1))
+        return np.pad(np.asarray(array), [(0, size - n)] + [(0, 0)] * (np.ndim(array) - 1))
 
     padded, known = jax.tree.map(pad, (positions, dict(known or {})))
     scores = jax.device_get(_all_nodes(padded, known, tuple(forms.items()), tuple(readings)))
@@ -173,7 +174,7 @@ def aggregate(
     return pd.DataFrame(rows, columns=[*by, *STATISTICS, "n"])
 
 
-def _t_interval(values: Float[np.ndarray, "n"]) -> dict[str, float]:
+def t_interval(values: Float[np.ndarray, "n"]) -> dict[str, float]:
     """Mean with its 95 % Student t interval; NaN limits below two values."""
     values = values[np.isfinite(values)]
     n, mean = len(values), float(np.mean(values)) if len(values) else np.nan
@@ -190,25 +191,21 @@ def across_questions(
     """
     questions = aggregate(nodes, form, ("question", *by), reading)
     rows = [
-        key | {"statistic": name} | _t_interval(group[name].to_numpy(float))
+        key | {"statistic": name} | t_interval(group[name].to_numpy(float))
         for key, group in _groups(questions, by)
         for name in STATISTICS
     ]
     return pd.DataFrame(rows, columns=[*by, "statistic", "mean", "low", "high", "n"])
 
 
-def _paired(correct: Float[np.ndarray, "n"], incorrect: Float[np.ndarray, "n"]) -> dict[str, float]:
-    """Compare pairs: the mean difference with its interval, Wilcoxon's p-value and Cohen's d_z."""
-    both = np.isfinite(correct) & np.isfinite(incorrect)
-    correct, incorrect = correct[both], incorrect[both]
-    difference = incorrect - correct
-    summary = _t_interval(difference)
+def paired_difference(difference: Float[np.ndarray, "n"]) -> dict[str, float]:
+    """Test that paired differences centre on 0: mean, 95 % t interval, two-sided Wilcoxon p, Cohen's d_z, pairs n."""
+    difference = difference[np.isfinite(difference)]
+    summary = t_interval(difference)
     moved = difference[difference != 0]  # Wilcoxon's own rule: pairs without a difference are dropped
     test: Any = stats.wilcoxon(moved) if len(moved) else None
     spread = float(np.std(difference, ddof=1)) if summary["n"] > 1 else 0.0
     return {
-        "correct": float(np.mean(correct)) if len(correct) else np.nan,
-        "incorrect": float(np.mean(incorrect)) if len(incorrect) else np.nan,
         "difference": summary["mean"],
         "low": summary["low"],
         "high": summary["high"],
@@ -216,6 +213,15 @@ def _paired(correct: Float[np.ndarray, "n"], incorrect: Float[np.ndarray, "n"]) 
         "cohens_dz": summary["mean"] / spread if spread > 0 else np.nan,
         "n": summary["n"],
     }
+
+
+def _paired(correct: Float[np.ndarray, "n"], incorrect: Float[np.ndarray, "n"]) -> dict[str, float]:
+    both = np.isfinite(correct) & np.isfinite(incorrect)
+    means = {
+        name: float(np.mean(side[both])) if both.any() else np.nan
+        for name, side in (("correct", correct), ("incorrect", incorrect))
+    }
+    return means | paired_difference(incorrect[both] - correct[both])
 
 
 def correct_vs_incorrect(

@@ -1,9 +1,10 @@
 """Replicates of the whole procedure against the exact oracle: how wrong is each estimator, and each aggregate?
 
 The questions of a finished run become finite decision processes: the tree of all its rollouts, the student's
-probabilities renormalised over the children met, the paths of the run. There every success probability is exact, and
-initial rollouts, targeting, enrichment and estimation are replayed with fresh draws as often as wanted. The truth of
-an aggregate uses each replicate's own S_u, so that differences are the estimator's and not the selection's.
+probabilities renormalised over the children met. There every success probability is exact, and, given the paths of the
+run, initial rollouts, targeting, enrichment and estimation are replayed with fresh draws as often as wanted. S_u is the
+paper's (pooled visits) for every estimator; the truth of an aggregate uses each replicate's own S_u, so that
+differences are the estimator's and not the selection's.
 """
 
 from collections.abc import Iterator
@@ -21,10 +22,13 @@ from jaxopd.diagnose.nodes import included, representative_paths, teacher_model
 from jaxopd.diagnose.session import Progress, Session
 from jaxopd.errors import InputError
 from jaxopd.gradients import Position, logit_gradient, reverse_kl
+from jaxopd.models import logits
 from jaxopd.responses import response_hidden, response_log_probs, token_log_probs
 from jaxopd.tree import ESTIMATORS, PathTree, Walks, build_tree, count, paper_targets, success_estimates, support, walk
-from jaxopd.tree.oracle import FiniteMDP
+from jaxopd.tree.oracle import FiniteMDP, raw_value
+from jaxopd.types import bucket
 
+RAW_BATCH = 64  # prefixes a forward pass of the raw policy's enumeration
 CLOSE = 0.02  # teachers whose true aggregates differ by less are not asked to be ranked
 
 
@@ -48,10 +52,14 @@ class Exact:
 
 @dataclass(frozen=True)
 class TruthTables:
-    """What `truth` measured: P_succ per estimator, aggregates per estimator and statistic."""
+    """What `truth` measured: P_succ per estimator, aggregates per estimator and statistic.
+
+    `policies` sets each question's success probability under the finite process beside the raw policy's.
+    """
 
     success: pd.DataFrame
     aggregates: pd.DataFrame
+    policies: pd.DataFrame
     questions: int
     replicates: int
     rollouts: float  # targeted rollouts a question and replicate
@@ -123,9 +131,7 @@ def replicate(exact: Exact, config: DiagnoseConfig, replicates: int, rng: np.ran
         above.append(_above_launches(tree, node))
         counts = count(tree, exact.walks[rows], process.success[rows], launch)
         estimates = {name: success_estimates(tree, counts, exact.p, name) for name in ESTIMATORS}
-        # One S_u for all estimators, the paper's, so that they are compared on the same tokens.
-        known = np.logical_and.reduce([np.isfinite(estimate.value) for estimate in estimates.values()])
-        supports.append(support(tree, estimates["pooled"], config.n_sig) & known)
+        supports.append(support(tree, estimates["pooled"], config.n_sig))
         measured.append(support(tree, estimates["on_policy"], config.n_sig))
         for name, estimate in estimates.items():
             values[name].append(estimate.value)
@@ -178,7 +184,7 @@ def truth(session: Session, progress: Progress, replicates: int = 60, seed: int 
     if replicates < 2:
         raise InputError(f"replicates: found {replicates}, expected at least 2")
     edges: dict[tuple[str, str], list] = {}
-    rows, chosen, launched = [], included(session), 0.0
+    rows, policies, chosen, launched = [], [], included(session), 0.0
     if not chosen:
         raise InputError(f"{session.run.path}: found no question with paths of both outcomes, expected at least one")
     for done, index in enumerate(chosen):
@@ -189,19 +195,49 @@ def truth(session: Session, progress: Progress, replicates: int = 60, seed: int 
         for name, where, errors, inside in _edge_errors(exact, found):
             edges.setdefault((name, where), []).append((errors, inside))
         rows += list(_aggregate_errors(exact, found))
+        policies.append(_raw_policy(session, index) | {"process": exact.process.value[0]})
     progress("truth", len(chosen), len(chosen))
     success = pd.DataFrame(
         [{"estimator": name, "edges": where} | _edge_summary(parts) for (name, where), parts in edges.items()]
     )
-    return TruthTables(success, _aggregate_summary(pd.DataFrame(rows)), len(chosen), replicates, launched)
+    aggregates = _aggregate_summary(pd.DataFrame(rows))
+    return TruthTables(success, aggregates, pd.DataFrame(policies), len(chosen), replicates, launched)
+
+
+def _raw_policy(session: Session, index: int) -> dict[str, str | float]:
+    """Brackets the raw student's success at a question: the heaviest prefixes exactly, the rest by its rollouts."""
+    prompt, question = session.prompts[index], session.questions[index]
+
+    def next_logp(prefixes: list[list[int]]) -> np.ndarray:
+        last = [len(prompt) + len(prefix) - 1 for prefix in prefixes]
+        tokens = np.zeros((bucket(len(prefixes), RAW_BATCH), bucket(max(last) + 1)), np.int32)
+        for row, prefix in enumerate(prefixes):
+            tokens[row, : last[row] + 1] = prompt + prefix
+        # Padding follows the tokens and attention is causal, so a row may be read before its end.
+        z = np.asarray(logits(session.student, tokens))[np.arange(len(prefixes)), last].astype(np.float64)
+        return z - np.logaddexp.reduce(z, 1, keepdims=True)
+
+    rolled, _ = session.run.load(f"rollouts/{index:05d}")
+    sequences = [row[row >= 0].tolist() for row in rolled["tokens"]]
+    found = raw_value(
+        next_logp,
+        set(session.stop_ids),
+        lambda response: session.task.grade(session.text(response), question.gold) is True,
+        sequences,
+        rolled["grade"] == 1,
+        max_tokens=session.config.max_tokens,
+        batch=RAW_BATCH,
+    )
+    return {"question": question.id} | dict(zip(("raw", "raw_se", "sampled_mass"), found, strict=True))
 
 
 def _edge_errors(exact: Exact, found: Replicates) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
     """Yields, per estimator and set of edges, errors [R, E] (NaN off S_u) and coverage [R, E]."""
     decision = found.support & (found.support.sum(-1, keepdims=True) >= 2)
     for name in ESTIMATORS:
-        error = np.where(decision, found.value[name] - exact.success[None], np.nan)
-        inside = np.where(decision, found.covered[name], np.nan)
+        known = decision & np.isfinite(found.value[name])  # on_policy knows nothing of some tokens of S_u
+        error = np.where(known, found.value[name] - exact.success[None], np.nan)
+        inside = np.where(known, found.covered[name], np.nan)
         sets = {
             "above launches": found.above,
             "above, N_sig on-policy visits": found.above & found.measured,
@@ -233,9 +269,10 @@ def _aggregate_errors(exact: Exact, found: Replicates) -> Iterator[dict]:
     true = np.where(np.isfinite(exact.success), exact.success, 0.0)[None]
     true = np.broadcast_to(true, found.support.shape)
     for teacher in exact.log_q:
-        true_scores = _scores(exact, found.support, true, teacher)
         for name in ESTIMATORS:
-            scores = _scores(exact, found.support, found.value[name], teacher)
+            known = found.support & np.isfinite(found.value[name])
+            true_scores = _scores(exact, known, true, teacher)
+            scores = _scores(exact, known, found.value[name], teacher)
             # The truth is summarised over the nodes that the estimate has, so that only its values can differ.
             both = (scores[2] > 0) & (true_scores[2] > 0)
             got, aim = summarize(*scores, both), summarize(*true_scores, both)
@@ -266,6 +303,7 @@ def _aggregate_summary(rows: pd.DataFrame) -> pd.DataFrame:
         i, j = np.triu_indices(value.shape[1], 1)
         apart = np.abs(true[:, i] - true[:, j]) > CLOSE
         agree = np.sign(value[:, i] - value[:, j]) == np.sign(true[:, i] - true[:, j])
+        apart &= np.isfinite(value[:, i] - value[:, j])
         table.append(
             {
                 "estimator": name,

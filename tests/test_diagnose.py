@@ -133,11 +133,13 @@ def test_kill_at_five_random_moments(folder, tmp_path) -> None:
             command += [f"--{field.name.replace('_', '-')}", str(value)]
     for teacher in CONFIG.teacher:
         command += ["--teacher", teacher]
-    rng = random.Random(0)
-    for _ in range(5):
+    whole = len(list((folder / "pieces").rglob("done.json")))
+    for finished in sorted(random.Random(0).sample(range(1, whole), 5)):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(8, 25))
+        while len(list((out / "pieces").rglob("done.json"))) < finished:
+            assert process.poll() is None, "the run ended before it was killed"
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert contents(out) == contents(folder)

@@ -200,7 +200,11 @@ def test_finite_process_is_exact(world) -> None:
     assert abs(process.value[0] - exact_value([])) < 1e-12
     np.testing.assert_allclose(process.value[after], truth, atol=1e-12)
     np.testing.assert_allclose(process.p[after], p, atol=1e-12)
-    assert all(process.descend(tree.tokens[a, :t]) == n for n, a, t in zip(at, tree.owner, tree.depth, strict=True))
+    np.testing.assert_allclose(
+        process.value[at],
+        [exact_value(tree.tokens[a, :t].tolist()) for a, t in zip(tree.owner, tree.depth, strict=True)],
+        atol=1e-12,
+    )
     rows = process.sample(np.full(20_000, after[0, 1]), np.random.default_rng(0))
     assert (process.sequences[rows, 0] == tree.candidates[0, 1]).all()
     assert abs(process.success[rows].mean() - truth[0, 1]) < 4 * 0.5 / np.sqrt(20_000)
@@ -226,9 +230,30 @@ def test_estimators_against_the_truth(world, replicates) -> None:
 
 @pytest.mark.parametrize("name", ["on_policy", "bellman"])
 def test_intervals_cover(world, replicates, name) -> None:
-    _, _, truth, _ = world
-    covered = [((e.low <= truth + 1e-9) & (truth <= e.high + 1e-9))[np.isfinite(e.value)] for e in replicates[name]]
-    assert 0.90 < np.concatenate(covered).mean() < 0.985
+    tree, _, truth, _ = world
+    for edges in (tree.child >= 0, tree.child == EXIT):
+        kept = [np.isfinite(e.value) & (e.visits >= 20) & edges for e in replicates[name]]
+        inside = [((e.low <= truth + 1e-9) & (truth <= e.high + 1e-9)) for e in replicates[name]]
+        covered = np.concatenate([i[k] for i, k in zip(inside, kept, strict=True)])
+        assert 0.90 < covered.mean() < 0.985
+
+
+def test_a_path_that_nothing_left_is_not_certain() -> None:
+    """30 steps of P = .97 along one path, and no rollout but those that follow it to the end."""
+    path = np.arange(30)
+    tree = build_tree([path], [True])
+    p = np.full(tree.candidates.shape, 0.97)
+    rollouts = np.tile(path, (200, 1))
+    counts = count(tree, walk(tree, rollouts), np.ones(200, bool), np.zeros(200, int))
+    found = success_estimates(tree, counts, p, "bellman")
+    assert (found.low[:-1] < 0.99).all()
+    assert (found.se[:-1] > 0.005).all()
+
+
+@pytest.mark.parametrize("paths", [([1, 2, 3], [1, 2]), ([1, 2], [1, 2, 3]), ([1, 2], [])])
+def test_a_path_inside_another_is_refused(paths) -> None:
+    with pytest.raises(InputError, match="prefix"):
+        build_tree([np.array(path, int) for path in paths], [True, False])
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

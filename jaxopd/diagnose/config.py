@@ -33,9 +33,11 @@ class DiagnoseConfig:
     tau: float = 0.02
     """Probability from which student or teacher makes a token a candidate."""
     by_gradient: int = 20
-    """Targets a path, depth window and teacher by |P (l - lbar)|; the paper prints totals, which 20 + 20 matches."""
+    """Targets a path, depth window and teacher by |P (l - lbar)|; the paper does not print its number."""
     by_difference: int = 20
     """Targets a path, depth window and teacher by |Q - P|."""
+    window: int = 50
+    """Positions in the first depth window of targeting; each next one is twice as long."""
     n_min: int = 100
     """Visits to which targets are raised."""
     n_sig: int = 20
@@ -47,7 +49,7 @@ class DiagnoseConfig:
     demonstration_temperature: float = 0.7
     """Sampling temperature of demonstrations."""
     truth_rollouts: int = 0
-    """Launches a node for the near-exact oracle (small models only); 0 for none."""
+    """Launches a node and a token for the oracle (small models only); 0 for none."""
     thinking: bool | None = None
     """enable_thinking of the chat template; None leaves its default."""
     dtype: str = "float32"
@@ -60,10 +62,10 @@ class DiagnoseConfig:
     @property
     def targeting(self) -> dict[str, float | int]:
         """The budgets of `paper_targets`."""
-        return {name: getattr(self, name) for name in ("tau", "by_gradient", "by_difference", "n_min")}
+        return {name: getattr(self, name) for name in ("tau", "by_gradient", "by_difference", "n_min", "window")}
 
     def __post_init__(self) -> None:
-        for name in ("rollouts", "paths", "n_min", "n_sig", "max_tokens", "demonstration_trials", "slots"):
+        for name in ("rollouts", "paths", "n_min", "n_sig", "max_tokens", "demonstration_trials", "slots", "window"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
         for name in ("by_gradient", "by_difference", "truth_rollouts"):

@@ -1,10 +1,8 @@
 """Rollouts of a diagnosis: the initial ones, the targeted ones that enrich the tree, and the oracle's."""
 
-import dataclasses
-
 import numpy as np
 
-from jaxopd.diagnose.nodes import initial_rollouts, path_tree, student_log_probs, teacher_scores
+from jaxopd.diagnose.nodes import path_tree, student_log_probs, teacher_scores
 from jaxopd.diagnose.session import Session
 from jaxopd.gradients import logit_gradient
 from jaxopd.rollouts import Requests
@@ -38,7 +36,7 @@ def enrich(session: Session, chosen: list[int]) -> None:
     """Launches targeted rollouts where the teachers disagree most with the student."""
     for index, piece in session.pieces("enrichment", chosen):
         tree = path_tree(session, index)
-        visits = rollout_counts(tree, initial_rollouts(session, index)).pooled[:, :-1]
+        visits = rollout_counts(tree, session.run.load(f"rollouts/{index:05d}")[0]).pooled[:, :-1]
         teachers, p = {}, np.zeros(tree.candidates.shape)
         for name in session.teachers:
             scores = teacher_scores(session, name, index)
@@ -75,33 +73,38 @@ def launch(session: Session, index: int, tree: PathTree, targets: Targets, stage
 
 
 def rollout_counts(tree: PathTree, *parts: dict[str, np.ndarray]) -> Counts:
-    """Counts visits and successes over initial and targeted rollouts together."""
+    """Counts visits and successes over initial (launch 0) and targeted rollouts together."""
     success = np.concatenate([part["grade"] == 1 for part in parts])
-    launched = np.concatenate([part["launch"] for part in parts])
-    return count(tree, walk(tree, [part["tokens"] for part in parts]), success, launched)
+    launched = [part.get("launch", np.zeros(len(part["grade"]), np.int64)) for part in parts]
+    return count(tree, walk(tree, [part["tokens"] for part in parts]), success, np.concatenate(launched))
 
 
 def find_truth(session: Session, chosen: list[int]) -> None:
-    """Launches the oracle's rollouts at every exit of the paths, in proportion to the student's probability."""
+    """Launches the oracle's own rollouts at every exit, by the student's probability; many at tokens that count."""
     for index, piece in session.pieces("truth", chosen):
         tree = path_tree(session, index, TRUTH_FLOOR)
         p = np.exp(student_log_probs(session, index, tree))
         coarse = path_tree(session, index)
         counted = (tree.candidates[:, :, None] == coarse.candidates[:, None, :]).any(-1)
-        least = np.where(counted, session.config.truth_rollouts // 4, 1)
+        least = np.where(counted, session.config.truth_rollouts, 1)
         targets = exit_targets(tree, p, at_least=least, per_node=session.config.truth_rollouts)
         session.run.save(piece, launch(session, index, tree, targets, "truth"))
 
 
-def true_success(session: Session, index: int, tree: PathTree, *parts: dict[str, np.ndarray]) -> SuccessEstimate:
-    """Estimates success with the oracle's rollouts too, on its finer tree, at the candidates of `tree`."""
+def true_success(session: Session, index: int, tree: PathTree, counts: Counts) -> SuccessEstimate:
+    """Estimates success at the candidates of `tree` from the oracle's rollouts alone, on its finer tree.
+
+    `counts` are the run's own: S_u is the same for the truth as for the estimates that are held against it.
+    """
     fine = path_tree(session, index, TRUTH_FLOOR)
     oracle, _ = session.run.load(f"truth/{index:05d}")
     p = np.exp(student_log_probs(session, index, fine))
-    estimate = success_estimates(fine, rollout_counts(fine, *parts, oracle), p, "bellman")
+    estimate = success_estimates(fine, rollout_counts(fine, oracle), p, "bellman")
     slot = (tree.candidates[:, :, None] == fine.candidates[:, None, :]).argmax(-1)
-    at_candidates = (np.take_along_axis(getattr(estimate, f.name), slot, 1) for f in dataclasses.fields(estimate))
-    return SuccessEstimate(*at_candidates)
+    value, se, low, high = (
+        np.take_along_axis(x, slot, 1) for x in (estimate.value, estimate.se, estimate.low, estimate.high)
+    )
+    return SuccessEstimate(value, se, low, high, counts.pooled[:, :-1])
 
 
 def response_parts(session: Session, index: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -13,7 +13,7 @@ from jaxopd.diagnose.config import WATCHED
 from jaxopd.diagnose.demonstrations import shown_to, summary_too_long, teacher_prompt
 from jaxopd.diagnose.records import PER_NODE, TeacherScores, watched_ids
 from jaxopd.diagnose.session import Session, per_question
-from jaxopd.gradients import FORMS, Position, reward_to_go
+from jaxopd.gradients import FORMS, Position
 from jaxopd.models import Qwen
 from jaxopd.responses import response_hidden, response_log_probs, token_log_probs
 from jaxopd.tasks.contexts import TeacherSpec, choice_record
@@ -31,7 +31,6 @@ class Paths:
     tree: PathTree | None
     excluded: str
     finish: Int[np.ndarray, " M"]
-    rows: Int[np.ndarray, " M"]  # which of the initial rollouts they are
 
 
 @per_question
@@ -41,25 +40,12 @@ def representative_paths(session: Session, index: int) -> Paths:
     tokens, success = arrays["tokens"], arrays["grade"] == 1
     excluded = _exclusion(session, index, success, tokens.shape[1])
     if excluded:
-        return Paths(None, excluded, arrays["finish"][:0], np.zeros(0, np.int64))
+        return Paths(None, excluded, arrays["finish"][:0])
     distinct = np.sort(np.unique(tokens, axis=0, return_index=True)[1])
     rows = [distinct[success[distinct] == outcome][: session.config.paths] for outcome in (True, False)]
     chosen = np.concatenate(rows)
     tree = build_tree([tokens[row][tokens[row] >= 0] for row in chosen], list(success[chosen]))
-    return Paths(tree, "", arrays["finish"][chosen], chosen)
-
-
-def initial_rollouts(session: Session, index: int) -> dict[str, np.ndarray]:
-    """Reads a question's initial rollouts and adds how many of each one's tokens were given.
-
-    A path was chosen for its outcome, so it is no fair draw of what follows its tokens: all of them count as given.
-    """
-    arrays, _ = session.run.load(f"rollouts/{index:05d}")
-    launch = np.zeros(len(arrays["grade"]), np.int64)
-    paths = representative_paths(session, index)
-    if paths.tree is not None:
-        launch[paths.rows] = paths.tree.length
-    return arrays | {"launch": launch}
+    return Paths(tree, "", arrays["finish"][chosen])
 
 
 def _exclusion(session: Session, index: int, success: np.ndarray, response: int) -> str:
@@ -165,7 +151,7 @@ def teacher_scores(session: Session, name: str, index: int) -> TeacherScores:
 
 
 def reward(session: Session, chosen: list[int]) -> None:
-    """Sums, along the initial rollouts, each teacher's log q - log p to the end: MiniLLM's reward-to-go."""
+    """Finds each teacher's log q - log p at every token of the initial rollouts: the reward of MiniLLM."""
     for name, spec in session.teachers.items():
         for index, piece in session.pieces(f"rewards-{name}", chosen):
             rolled, _ = session.run.load(f"rollouts/{index:05d}")
@@ -173,4 +159,4 @@ def reward(session: Session, chosen: list[int]) -> None:
             real = rolled["tokens"] >= 0
             log_q = response_log_probs(teacher, prompt, rolled["tokens"])
             rewards = np.where(real, log_q - rolled["raw_logp"], 0.0).astype(np.float32)
-            session.run.save(piece, {"reward_to_go": np.asarray(reward_to_go(rewards, real))})
+            session.run.save(piece, {"reward": rewards})

@@ -62,12 +62,14 @@ class Samples:
     success_std: float
 
     @classmethod
-    def gather(cls, tree: PathTree, initial: InitialRollouts, to_go: Float[np.ndarray, "G S"]) -> "Samples":
-        """Sums visits and weights; `to_go` is sum_{t' >= t} (log q - log p) along each rollout."""
+    def gather(cls, tree: PathTree, initial: InitialRollouts, reward: Float[np.ndarray, "G S"]) -> "Samples":
+        """Sums visits and weights; `reward` is log q - log p at each token of each rollout, 0 past its end."""
         G, T = len(initial.success), tree.tokens.shape[1]
-        padded = np.zeros((G, T + 2))
-        width = min(T + 2, to_go.shape[1])
-        padded[:, :width] = to_go[:, :width]
+        # Sums to the end in float64: over 30,000 tokens they outgrow what a float32 holds of one token.
+        to_go = np.cumsum(reward[:, ::-1], 1, dtype=np.float64)[:, ::-1]
+        own, rest = np.zeros((2, G, T + 1))
+        width = min(T + 1, reward.shape[1])
+        own[:, :width], rest[:, :width] = reward[:, :width], to_go[:, :width]
         std = float(initial.success.std(ddof=1)) if G > 1 else 0.0
         centred = initial.success - initial.success.mean()
 
@@ -75,8 +77,8 @@ class Samples:
             return tally(tree, initial.walks, weight, np.zeros(G, np.int64))
 
         weights = {
-            "single_sample": total(padded[:, :-1] - padded[:, 1:] - 1.0),
-            "minillm": total(padded[:, :-1] - 1.0),
+            "single_sample": total(own - 1.0),
+            "minillm": total(rest - 1.0),
             "dr_grpo": total(centred),
             "dr_grpo_std": total(centred / std if std > 0 else np.zeros(G)),
         }
@@ -124,7 +126,7 @@ def node_table(
     estimates: Mapping[str, SuccessEstimate],
     teachers: Mapping[str, TeacherScores],
     initial: InitialRollouts,
-    rewards_to_go: Mapping[str, Float[np.ndarray, "G S"]],
+    rewards: Mapping[str, Float[np.ndarray, "G S"]],
     text_of: Callable[[int], str],
     n_sig: int,
 ) -> pd.DataFrame:
@@ -136,7 +138,7 @@ def node_table(
     frames = []
     texts = [text_of(int(k)) for k in token]
     for name, teacher in teachers.items():
-        samples = Samples.gather(tree, initial, rewards_to_go[name])
+        samples = Samples.gather(tree, initial, rewards[name])
         base = {
             "question": question,
             "path": path,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -22,13 +23,18 @@ Progress = Callable[[str, int, int], None]  # stage, pieces done, pieces in all
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+KEPT = 256  # results of `per_question` functions a session holds
+
+
 def per_question(function: F) -> F:
-    """Keeps, for the life of a session, what `function(session, index, ...)` made of finished pieces."""
+    """Keeps, in the session, what `function(session, index, ...)` last made of finished pieces."""
 
     @functools.wraps(function)
     def kept(session: "Session", index: int, *rest: Any) -> Any:
         key = (function.__name__, index, *rest)
         if key not in session.kept:
+            while len(session.kept) >= KEPT:
+                del session.kept[next(iter(session.kept))]
             session.kept[key] = function(session, index, *rest)
         return session.kept[key]
 
@@ -71,7 +77,13 @@ class Session:
                 f"{config.questions}: question {self.questions[longest].id}: found a prompt of "
                 f"{len(self.prompts[longest])} tokens, expected under the context of {context}"
             )
-        self.run = RunFolder.create(out, dataclasses.asdict(config) | {"teacher": list(config.teacher)})
+        facts = {"teacher": list(config.teacher), "input_digest": self._input_digest()}
+        self.run = RunFolder.create(out, dataclasses.asdict(config) | facts)
+
+    def _input_digest(self) -> str:
+        """Digests what the files held, so that a run is not resumed with others under the same names."""
+        held = [self.questions, self.given, self.student.config, sorted(self.contexts.items())]
+        return hashlib.sha256(repr(held).encode("utf-8", "surrogatepass")).hexdigest()
 
     def model(self, path: str) -> Qwen:
         """Loads a model; the student stays, of the others only the last one used."""

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from jaxopd.diagnose.launches import rollout_counts, true_success
-from jaxopd.diagnose.nodes import Paths, initial_rollouts, path_tree, representative_paths, teacher_scores
+from jaxopd.diagnose.nodes import Paths, path_tree, representative_paths, teacher_scores
 from jaxopd.diagnose.records import InitialRollouts, difficulty, empty_nodes, node_table, token_table
 from jaxopd.diagnose.session import Session
 from jaxopd.rollouts import LENGTH
@@ -29,12 +29,12 @@ def record(session: Session) -> None:
 
 def _tables(session: Session, index: int) -> dict[str, pd.DataFrame]:
     question, paths = session.questions[index], representative_paths(session, index)
+    rolled, _ = session.run.load(f"rollouts/{index:05d}")
     if paths.tree is None:
-        rolled, _ = session.run.load(f"rollouts/{index:05d}")
         summary = _summary(session, index, rolled, paths, 0)
         nothing = pd.DataFrame({name: pd.Series(dtype=object) for name in PATH_COLUMNS})
         return {"questions": summary, "paths": nothing, "nodes": empty_nodes(), "tokens": nothing[["question", "path"]]}
-    tree, rolled = path_tree(session, index), initial_rollouts(session, index)
+    tree = path_tree(session, index)
     targeted, _ = session.run.load(f"enrichment/{index:05d}")
     initial = InitialRollouts(walk(tree, rolled["tokens"]), rolled["grade"] == 1)
     teachers = {name: teacher_scores(session, name, index) for name in session.teachers}
@@ -42,10 +42,10 @@ def _tables(session: Session, index: int) -> dict[str, pd.DataFrame]:
     p = np.exp(next(iter(teachers.values())).log_p)
     estimates = {name: success_estimates(tree, counts, p, name) for name in ESTIMATORS}
     if session.config.truth_rollouts:
-        estimates["truth"] = true_success(session, index, tree, rolled, targeted)
-    to_go = {name: session.run.load(f"rewards-{name}/{index:05d}")[0]["reward_to_go"] for name in teachers}
+        estimates["truth"] = true_success(session, index, tree, counts)
+    rewards = {name: session.run.load(f"rewards-{name}/{index:05d}")[0]["reward"] for name in teachers}
     text_of = session.token_text
-    nodes = node_table(question.id, tree, counts, estimates, teachers, initial, to_go, text_of, session.config.n_sig)
+    nodes = node_table(question.id, tree, counts, estimates, teachers, initial, rewards, text_of, session.config.n_sig)
     return {
         "questions": _summary(session, index, rolled, paths, len(targeted["grade"])),
         "paths": _paths(session, question.id, paths),

@@ -19,7 +19,7 @@ ESTIMATORS = {
     "on_policy": "only rollouts launched at or above an edge count for it; unbiased but noisier: fewer rollouts",
     "bellman": "values are combined backward along each path with the student's own probabilities; nearly unbiased, "
     "with the least noise",
-    "truth": "the oracle: many fresh rollouts at every node, or the generation tree enumerated (tiny models only)",
+    "truth": "the oracle: bellman on many rollouts of its own, launched at every exit (tiny models only)",
 }
 DEFAULT_ESTIMATORS = ("bellman", "on_policy", "pooled")
 COLUMNS = {

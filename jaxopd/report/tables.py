@@ -119,11 +119,12 @@ def ranking(measured: pd.DataFrame, counts: pd.DataFrame, estimator: str) -> Tab
 
 
 def side_by_side(nodes: pd.DataFrame, shown: Sequence[str] = ("global", "mean")) -> Table:
-    """Set the estimators beside each other, over the questions that all of them cover."""
+    """Set the estimators beside each other, over the nodes that all of them can judge."""
     estimators = estimators_of(nodes)
-    covered = [set(nodes.loc[nodes["estimator"] == name, "question"]) for name in estimators]
-    common = set.intersection(*covered) if covered else set()
-    measured = statistics(nodes[nodes["question"].isin(common)])
+    place = ["question", "path", "t", "teacher"]
+    everywhere = nodes.groupby(place)["decision"].transform("sum") == len(estimators)
+    same = nodes[everywhere]
+    measured = statistics(same)
     measured = measured[measured["statistic"].isin(shown)].reset_index(drop=True)
     found = measured.set_index(["teacher", "estimator", "statistic"])
     front = measured[measured["estimator"] == default_estimator(nodes)]
@@ -132,9 +133,10 @@ def side_by_side(nodes: pd.DataFrame, shown: Sequence[str] = ("global", "mean"))
         for teacher in by_global_cosine(front)
     ]
     headings = [f"{NAMES[s].replace(' cosine', '')}, {name}" for s in shown for name in estimators]
-    note = f"Over the {len(common)} questions that every estimator covers. Rows follow the ranking above."
+    some, every = (len(each[place[:3]].drop_duplicates()) for each in (same, nodes[nodes["decision"]]))
+    note = f"Over the {some} nodes, of {every}, that are decision nodes under every estimator."
     if "truth" in estimators:
-        note += " The distance to truth is an estimator's error, up to the oracle's own noise."
+        note += " The oracle has rollouts of its own: the distance to truth is an estimator's error and the oracle's."
     return Table(
         "estimators", "Estimators side by side", note, measured, pd.DataFrame(cells, columns=["teacher", *headings])
     )

@@ -32,6 +32,8 @@ class Row:
             return default
         if not isinstance(value, kind):
             raise self.fail(field, "null" if field in self.values and value is None else _shown(value), expected)
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise self.fail(field, "half of a surrogate pair", "text that UTF-8 can hold")
         return value
 
     def text(self, field: str, default: Any = MISSING) -> str:

@@ -41,7 +41,8 @@ ARITHMETIC = {
     "times": lambda left, right: (left * right) % 7,
 }
 STEPS = {"boolean": (2, 5), "choice": (2, 4), "chain": (3, 6)}
-CONTEXTS = {"1C": (1, 0), "1C1W": (1, 1), "Sum1C": (1, 0), "Sum1C1W": (1, 1)}
+CONTEXTS = {"1C": (1, 0), "1C1W": (1, 1), "Sum1C": (1, 0), "Sum1C1W": (1, 1)}  # what the toy models learn to read
+SHOWN = CONTEXTS | {"3C": (3, 0)}  # three solutions are longer than any context of the training corpus
 
 
 def apply(op: str, left: str, right: str) -> str:
@@ -182,13 +183,15 @@ class Toy:
         stated = words[len(words) - words[::-1].index("answer") :]
         if gold in LETTERS and stated and stated[0] in NUMBER_WORDS:
             stated = stated[1:]
-        domain = next(domain for domain in (TRUTHS, LETTERS, DIGITS) if gold in domain)
+        domain = next((domain for domain in (TRUTHS, LETTERS, DIGITS) if gold in domain), None)
+        if domain is None:
+            raise InputError(f"gold: found {gold!r}, expected yes or no, a letter A to D, or a digit 0 to 6")
         return stated[0] == gold if stated and stated[0] in domain else None
 
 
 def _read_jsonl(path: Path) -> list[Question]:
     questions = []
-    for number, line in enumerate(decode(path).splitlines(), start=1):
+    for number, line in enumerate(decode(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -201,7 +204,7 @@ def _read_jsonl(path: Path) -> list[Question]:
             ) from None
         if stated != problem.gold:
             raise InputError(f"{path}: line {number}: found answer {stated!r}, expected {problem.gold!r}")
-        questions.append(_question(str(row.get("id", f"{path.stem}-{number}")), problem))
+        questions.append(_question(f"{row.get('id', path.stem)}-{number}", problem))
     return questions
 
 
@@ -213,11 +216,11 @@ def render_context(kind: str, correct: Sequence[str], wrong: Sequence[str]) -> s
     Raises:
         InputError: an unknown kind, or a number of demonstrations that is not the kind's.
     """
-    if kind not in CONTEXTS:
-        raise InputError(f"teacher context: found {kind!r}, expected one of {', '.join(CONTEXTS)}")
+    if kind not in SHOWN:
+        raise InputError(f"teacher context: found {kind!r}, expected one of {', '.join(SHOWN)}")
     found = (len(correct), len(wrong))
-    if found != CONTEXTS[kind]:
-        raise InputError(f"teacher context {kind}: found {found} (correct, wrong) solutions, expected {CONTEXTS[kind]}")
+    if found != SHOWN[kind]:
+        raise InputError(f"teacher context {kind}: found {found} (correct, wrong) solutions, expected {SHOWN[kind]}")
     marked = [f"correct {text}" for text in correct] + [f"wrong {text}" for text in wrong]
     return " ".join([*marked, "question", ""])
 

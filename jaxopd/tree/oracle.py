@@ -92,17 +92,6 @@ class FiniteMDP:
             moving = self.row[at] < 0
         return self.row[at]
 
-    def descend(self, tokens: Int[np.ndarray, " T"], start: int = 0) -> int:
-        """Gives the node reached by `tokens` from `start`, -1 where the tree has none."""
-        at = start
-        for token in tokens:
-            low = self.first_child[at]
-            found = np.flatnonzero(self.token[low : low + self.children[at]] == token)
-            if len(found) == 0:
-                return -1
-            at = int(low + found[0])
-        return at
-
     def along(self, tree: PathTree) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, "N K"]]:
         """Gives the process's node at each node of a path tree, and after each of its candidates (-1: none)."""
         at = np.zeros(len(tree.owner), np.int64)

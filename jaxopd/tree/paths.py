@@ -15,7 +15,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-WINDOW = 128  # depths compared at a time: few enough that most rollouts are read little beyond where they leave
+from jaxopd.errors import InputError
+
+WINDOW = 256  # depths compared at a time: few enough that most rollouts are read little beyond where they leave
 CELLS = 1 << 20  # weights [G, T] summed at a time
 
 EXIT, LEAF = -1, -2  # children that are no node: off the paths; the end of a path, whose outcome is known
@@ -81,6 +83,8 @@ def build_tree(
     for a in range(M):
         shared = [_common(tokens[a], tokens[b]) for b in range(a)]
         twin, first = (int(np.argmax(shared)), max(shared) + 1) if shared else (0, 0)
+        if first > min(length[a], length[twin]) or not length[a]:
+            raise InputError(f"paths: found path {a} empty or a prefix of path {twin} or the reverse, expected neither")
         node_of[a, :first] = node_of[twin, :first]
         node_of[a, first : length[a]] = len(owner) + np.arange(length[a] - first)
         owner += [a] * (length[a] - first)
@@ -126,7 +130,7 @@ def walk(
     """Compares whole responses (padded with -1, from the first response token) with every path.
 
     `sequences` is one array or a list of parts of any widths, in memory or mapped from disk. A response is read no
-    further than it follows a path, and copied never: beside the result, memory is `block` (WINDOW + K) tokens.
+    further than it follows a path, WINDOW depths at a time: beside the result, memory is `block` (WINDOW + K) tokens.
     """
     parts = [sequences] if isinstance(sequences, np.ndarray) else sequences
     G, M = sum(map(len, parts)), len(tree.length)

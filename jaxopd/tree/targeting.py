@@ -31,8 +31,8 @@ def paper_targets(
     visits: Int[np.ndarray, "N K"],
     *,
     tau: float = 0.02,
-    by_gradient: int = 5,
-    by_difference: int = 5,
+    by_gradient: int = 20,
+    by_difference: int = 20,
     n_min: int = 100,
     window: int = 50,
 ) -> Targets:
