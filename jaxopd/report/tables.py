@@ -122,7 +122,8 @@ def side_by_side(nodes: pd.DataFrame, shown: Sequence[str] = ("global", "mean"))
     """Set the estimators beside each other, over the nodes that all of them can judge."""
     estimators = estimators_of(nodes)
     place = ["question", "path", "t", "teacher"]
-    everywhere = nodes.groupby(place)["decision"].transform("sum") == len(estimators)
+    decided = nodes["decision"].astype(bool)
+    everywhere = decided.groupby([nodes[name] for name in place]).transform("sum") == len(estimators)
     same = nodes[everywhere]
     measured = statistics(same)
     measured = measured[measured["statistic"].isin(shown)].reset_index(drop=True)
@@ -133,7 +134,7 @@ def side_by_side(nodes: pd.DataFrame, shown: Sequence[str] = ("global", "mean"))
         for teacher in by_global_cosine(front)
     ]
     headings = [f"{NAMES[s].replace(' cosine', '')}, {name}" for s in shown for name in estimators]
-    some, every = (len(each[place[:3]].drop_duplicates()) for each in (same, nodes[nodes["decision"]]))
+    some, every = (len(each[place[:3]].drop_duplicates()) for each in (same, nodes[decided]))
     note = f"Over the {some} nodes, of {every}, that are decision nodes under every estimator."
     if "truth" in estimators:
         note += " The oracle has rollouts of its own: the distance to truth is an estimator's error and the oracle's."
