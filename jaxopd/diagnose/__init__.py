@@ -7,6 +7,7 @@ works through the questions and commits one piece a question, so that a killed r
 
 from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.diagnose.demonstrations import demonstrate, summarize
+from jaxopd.diagnose.exits import enrich_exits
 from jaxopd.diagnose.launches import enrich, find_truth, roll_out
 from jaxopd.diagnose.nodes import included, reward, score, watch
 from jaxopd.diagnose.session import Progress, Session
@@ -35,7 +36,7 @@ def collect(session: Session) -> list[int]:
     watch(session)
     chosen = included(session)
     score(session, chosen)
-    enrich(session, chosen)
+    (enrich_exits if session.config.allocation == "exits" else enrich)(session, chosen)
     if session.config.truth_rollouts:
         find_truth(session, chosen)
     return chosen

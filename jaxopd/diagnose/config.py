@@ -1,6 +1,7 @@
 """What a diagnosis measures and with which budgets."""
 
 import dataclasses
+from typing import Literal
 
 from jaxopd.errors import InputError
 
@@ -30,6 +31,12 @@ class DiagnoseConfig:
     """G, initial rollouts a question."""
     paths: int = 2
     """Representative paths of each outcome, correct and incorrect."""
+    allocation: Literal["paper", "exits"] = "paper"
+    """Where targeted rollouts go: paper A's windows and budgets, or the exits that lower the error most."""
+    target_se: float = 0.04
+    """Exits: standard error of each teacher's global cosine at which a question is done."""
+    exit_tokens: int = 20000
+    """Exits: tokens spent at most on a question's targeted rollouts."""
     tau: float = 0.02
     """Probability from which student or teacher makes a token a candidate."""
     by_gradient: int = 20
@@ -68,7 +75,11 @@ class DiagnoseConfig:
         for name in ("rollouts", "paths", "n_min", "n_sig", "max_tokens", "demonstration_trials", "slots", "window"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
-        for name in ("by_gradient", "by_difference", "truth_rollouts"):
+        if self.allocation not in ("paper", "exits"):
+            raise InputError(f"allocation: found {self.allocation!r}, expected paper or exits")
+        if not 0 < self.target_se < float("inf"):
+            raise InputError(f"target_se: found {self.target_se}, expected a number above 0")
+        for name in ("by_gradient", "by_difference", "truth_rollouts", "exit_tokens"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected 0 or more")
         if self.limit is not None and self.limit < 1:

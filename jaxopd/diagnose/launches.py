@@ -1,5 +1,7 @@
 """Rollouts of a diagnosis: the initial ones, the targeted ones that enrich the tree, and the oracle's."""
 
+import dataclasses
+
 import numpy as np
 
 from jaxopd.diagnose.nodes import path_tree, student_log_probs, teacher_scores
@@ -18,18 +20,41 @@ from jaxopd.tree import (
     walk,
 )
 
+BATCH = 20  # initial rollouts drawn at a time while paths of both outcomes are looked for
 TRUTH_FLOOR = 1e-4  # probability from which the oracle launches a token by itself
 
 
 def roll_out(session: Session) -> None:
-    """Samples the G initial rollouts of each question and grades them."""
+    """Samples the initial rollouts of each question and grades them: G, or with exits until the paths are there."""
+    config = session.config
+    batch = min(BATCH, config.rollouts) if config.allocation == "exits" else config.rollouts
     for index, piece in session.pieces("rollouts"):
-        prompt = session.prompts[index]
-        requests = Requests.continuations([prompt], session.config.rollouts)
-        rolled = session.engine(session.config.student).run([prompt], requests, session.sampling("rollouts", index))
-        arrays = {name: getattr(rolled, name) for name in ("tokens", "raw_logp", "sampling_logp", "finish")}
-        arrays["grade"] = session.grades(rolled.tokens, session.questions[index].gold)
-        session.run.save(piece, arrays)
+        parts: list[dict[str, np.ndarray]] = []
+        for low in range(0, config.rollouts, batch):
+            parts.append(_initial(session, index, low, min(batch, config.rollouts - low)))
+            correct = np.concatenate([part["grade"] for part in parts]) == 1
+            if min(correct.sum(), (~correct).sum()) >= config.paths:
+                break
+        width = max(part["tokens"].shape[1] for part in parts)
+        session.run.save(piece, {name: np.concatenate([_wide(p[name], width) for p in parts]) for name in parts[0]})
+
+
+def _initial(session: Session, index: int, low: int, n: int) -> dict[str, np.ndarray]:
+    """Draws rollouts low to low + n of a question: the same ones, however they are batched."""
+    prompt = session.prompts[index]
+    requests = Requests.continuations([prompt], n)
+    requests = dataclasses.replace(requests, id=requests.id + low)
+    rolled = session.engine(session.config.student).run([prompt], requests, session.sampling("rollouts", index))
+    arrays = {name: getattr(rolled, name) for name in ("tokens", "raw_logp", "sampling_logp", "finish")}
+    return arrays | {"grade": session.grades(rolled.tokens, session.questions[index].gold)}
+
+
+def _wide(array: np.ndarray, width: int) -> np.ndarray:
+    """Pads the token axis, if there is one, as the engine does."""
+    if array.ndim == 1:
+        return array
+    fill = -1 if np.issubdtype(array.dtype, np.integer) else 0
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
 
 
 def enrich(session: Session, chosen: list[int]) -> None:

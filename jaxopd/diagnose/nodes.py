@@ -111,10 +111,14 @@ def path_tree(session: Session, index: int, floor: float | None = None) -> PathT
     return build_tree(paths, list(plain.correct), candidates)
 
 
+def student_hidden(session: Session, index: int, tree: PathTree) -> Float[np.ndarray, "N D"]:
+    """Computes the student's hidden states that predict the token at each node."""
+    return _hidden(session.student, session.prompts[index], tree)
+
+
 def student_log_probs(session: Session, index: int, tree: PathTree) -> Float[np.ndarray, "N K"]:
     """Gives the student's log-probs of a tree's candidates, -inf where there is none."""
-    hidden = _hidden(session.student, session.prompts[index], tree)
-    return token_log_probs(session.student, hidden, tree.candidates)
+    return token_log_probs(session.student, student_hidden(session, index, tree), tree.candidates)
 
 
 def score(session: Session, chosen: list[int]) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from jaxopd.diagnose.exits import cosine_table, exit_problem
 from jaxopd.diagnose.launches import rollout_counts, true_success
 from jaxopd.diagnose.nodes import Paths, path_tree, representative_paths, teacher_scores
 from jaxopd.diagnose.records import InitialRollouts, difficulty, empty_nodes, node_table, token_table
@@ -10,7 +11,7 @@ from jaxopd.diagnose.session import Session
 from jaxopd.rollouts import LENGTH
 from jaxopd.tree import ESTIMATORS, success_estimates, walk
 
-TABLES = ("questions", "paths", "nodes", "tokens")
+TABLES = ("questions", "paths", "nodes", "tokens", "cosines")
 PATH_COLUMNS = ("question", "path", "correct", "length", "finish", "text")
 
 
@@ -33,7 +34,8 @@ def _tables(session: Session, index: int) -> dict[str, pd.DataFrame]:
     if paths.tree is None:
         summary = _summary(session, index, rolled, paths, 0)
         nothing = pd.DataFrame({name: pd.Series(dtype=object) for name in PATH_COLUMNS})
-        return {"questions": summary, "paths": nothing, "nodes": empty_nodes(), "tokens": nothing[["question", "path"]]}
+        few = nothing[["question", "path"]]
+        return {"questions": summary, "paths": nothing, "nodes": empty_nodes(), "tokens": few, "cosines": few}
     tree = path_tree(session, index)
     targeted, _ = session.run.load(f"enrichment/{index:05d}")
     initial = InitialRollouts(walk(tree, rolled["tokens"]), rolled["grade"] == 1)
@@ -45,11 +47,14 @@ def _tables(session: Session, index: int) -> dict[str, pd.DataFrame]:
         estimates["truth"] = true_success(session, index, tree, counts)
     rewards = {name: session.run.load(f"rewards-{name}/{index:05d}")[0]["reward"] for name in teachers}
     text_of = session.token_text
-    nodes = node_table(question.id, tree, counts, estimates, teachers, initial, rewards, text_of, session.config.n_sig)
+    # With exits every compared token is judged: what has no visit is worth what its node is.
+    n_sig = 0 if session.config.allocation == "exits" else session.config.n_sig
+    nodes = node_table(question.id, tree, counts, estimates, teachers, initial, rewards, text_of, n_sig)
     return {
         "questions": _summary(session, index, rolled, paths, len(targeted["grade"])),
         "paths": _paths(session, question.id, paths),
         "nodes": nodes,
+        "cosines": cosine_table(question.id, exit_problem(session, index), counts, list(teachers)),
         "tokens": token_table(question.id, tree, counts, estimates, teachers, text_of),
     }
 

@@ -1,0 +1,118 @@
+"""Enrichment by exits: rollouts go where they lower the error of the teachers' global cosines most.
+
+Rounds of Neyman's allocation (tree/allocation.py) until every teacher's cosine has the standard error asked for, or
+the tokens are spent. Nothing is launched on a path: the values of its nodes follow from their exits.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from jaxopd.diagnose.launches import launch, rollout_counts
+from jaxopd.diagnose.nodes import path_tree, student_hidden, teacher_scores
+from jaxopd.diagnose.session import Session
+from jaxopd.tree import Counts, PathTree, Targets
+from jaxopd.tree.allocation import ExitProblem, global_cosines, neyman
+
+ROUNDS = 4  # of the allocation, each from what the ones before found
+SURE_AFTER = 2  # rounds before a standard error is believed
+NODES_AT_ONCE = 64  # rows of logits when the rest of a node's tokens is drawn from
+Z95 = 1.959963984540054
+
+
+def enrich_exits(session: Session, chosen: list[int]) -> None:
+    """Spends at most `exit_tokens` a question on exits, in rounds, and stops at `target_se`."""
+    config = session.config
+    for index, piece in session.pieces("enrichment", chosen):
+        tree, problem = path_tree(session, index), exit_problem(session, index)
+        rolled, _ = session.run.load(f"rollouts/{index:05d}")
+        length = np.maximum((rolled["tokens"] >= 0).sum(1).mean() - tree.depth, 1.0)
+        parts = [rolled]
+        for turn in range(ROUNDS):
+            counts = rollout_counts(tree, *parts)
+            _, covariance = global_cosines(problem, counts)
+            if turn >= SURE_AFTER and np.sqrt(np.diag(covariance).max()) < config.target_se:
+                break
+            stage = f"enrichment-{turn}"
+            rng = np.random.default_rng(zlib.crc32(f"{config.seed}/{stage}/{session.questions[index].id}".encode()))
+            number = neyman(problem, counts, length, config.exit_tokens / ROUNDS, rng)
+            targets = _targets(session, index, tree, number, rng)
+            if not len(targets.number):
+                break
+            parts.append(launch(session, index, tree, targets, stage))
+        session.run.save(piece, _joined(parts[1:]))
+
+
+def exit_problem(session: Session, index: int) -> ExitProblem:
+    """Compares, at every node, the tokens to which the student or a teacher gives more than tau."""
+    tree = path_tree(session, index)
+    scores = [teacher_scores(session, name, index) for name in session.teachers]
+    p, q = np.exp(scores[0].log_p, dtype=np.float64), np.exp([found.log_q for found in scores], dtype=np.float64)
+    compared = (tree.candidates >= 0) & (p > 0) & ((p > session.config.tau) | (q > session.config.tau).any(0))
+    decision = compared & (compared.sum(1, keepdims=True) >= 2)
+
+    def inside(x: np.ndarray) -> np.ndarray:
+        kept = np.where(decision, np.maximum(x, 1e-30), 0.0)
+        return kept / np.maximum(kept.sum(-1, keepdims=True), 1e-300)
+
+    P, Q = inside(p), inside(q)
+    f = np.log(np.where(decision, Q, 1.0)) - np.log(np.where(decision, P, 1.0))
+    gradient = P * (f - (P * f).sum(-1, keepdims=True))
+    norm = np.linalg.norm(gradient, axis=-1, keepdims=True)
+    return ExitProblem(tree, p, compared, np.divide(gradient, norm, out=np.zeros_like(gradient), where=norm > 1e-12))
+
+
+def cosine_table(question: str, problem: ExitProblem, counts: Counts, teachers: list[str]) -> pd.DataFrame:
+    """Gives each teacher's global cosine at the tokens compared, noise taken out of its norm, with its interval."""
+    cosine, covariance = global_cosines(problem, counts)
+    se = np.sqrt(np.diag(covariance))
+    columns = {"global_cosine": cosine, "se": se, "low": cosine - Z95 * se, "high": cosine + Z95 * se}
+    return pd.DataFrame({"question": question, "teacher": teachers} | columns)
+
+
+def _targets(
+    session: Session, index: int, tree: PathTree, number: Int[np.ndarray, "N K1"], rng: np.random.Generator
+) -> Targets:
+    node, slot = np.nonzero(number[:, :-1])
+    rest = np.repeat(np.arange(len(number)), number[:, -1])
+    at = np.concatenate([node, rest])
+    token = np.concatenate([tree.candidates[node, slot], _rest_tokens(session, index, tree, rest, rng)])
+    count = np.concatenate([number[node, slot], np.ones(len(rest), np.int64)])
+    return Targets(tree.owner[at], tree.depth[at], token, count)
+
+
+def _rest_tokens(
+    session: Session, index: int, tree: PathTree, nodes: Int[np.ndarray, " R"], rng: np.random.Generator
+) -> Int[np.ndarray, " R"]:
+    """Draws one token at each of `nodes` from the student's P restricted to what is no candidate there."""
+    hidden, head, drawn = student_hidden(session, index, tree), session.student.head(), []
+    for low in range(0, len(nodes), NODES_AT_ONCE):
+        part = nodes[low : low + NODES_AT_ONCE]
+        padded = np.resize(part, NODES_AT_ONCE)
+        key = jax.random.key(int(rng.integers(2**31)))
+        drawn.append(np.asarray(_draw_outside(key, hidden[padded], head, tree.candidates[padded]))[: len(part)])
+    return np.concatenate(drawn) if drawn else np.zeros(0, np.int64)
+
+
+@jax.jit
+def _draw_outside(
+    key: jax.Array, hidden: Float[jax.Array, "R D"], head: Float[jax.Array, "V D"], candidates: Int[jax.Array, "R K"]
+) -> Int[jax.Array, " R"]:
+    logits = jnp.einsum("rd,vd->rv", hidden, head, preferred_element_type=jnp.float32)
+    columns = jnp.where(candidates >= 0, candidates, logits.shape[1])  # out of range, hence dropped
+    outside = logits.at[jnp.arange(len(logits))[:, None], columns].set(-jnp.inf, mode="drop")
+    return jax.random.categorical(key, outside, mode="high")
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Puts rounds of launches after each other; without any, arrays of no rows."""
+    if not parts:
+        return {"tokens": np.zeros((0, 1), np.int32), "grade": np.zeros(0, np.int8), "launch": np.zeros(0, np.int64)}
+    width = max(part["tokens"].shape[1] for part in parts)
+    tokens = [np.pad(p["tokens"], ((0, 0), (0, width - p["tokens"].shape[1])), constant_values=-1) for p in parts]
+    rest = {name: np.concatenate([part[name] for part in parts]) for name in ("grade", "launch")}
+    return {"tokens": np.concatenate(tokens)} | rest
