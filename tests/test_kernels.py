@@ -276,6 +276,16 @@ def test_the_logits_are_in_memory_only_in_the_materialized_row(implementation, h
     assert (compiled.memory_analysis().temp_size_in_bytes > 4 * T * V) == holds_them
 
 
+@pytest.mark.parametrize("widths", [(1024, 2048), (1024, 4096)])
+def test_a_long_batch_over_a_real_vocabulary_takes_under_a_gigabyte(widths):
+    T, V = 32_768, 151_936
+    shapes = [shape for D in widths for shape in ((T, D), (V, D))]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    ids = jax.ShapeDtypeStruct((T, 32), jnp.int32)
+    op = jax.jit(partial(pair_statistics, forms=FORMS[:1], implementation="xla"))
+    assert op.lower(*arguments, ids).compile().memory_analysis().temp_size_in_bytes < 1e9
+
+
 def test_bad_arguments_are_named():
     hidden, head, ids = jnp.ones((3, 4)), jnp.ones((7, 4)), jnp.zeros((3, 1), jnp.int32)
     pair = partial(pair_statistics, hidden, head, hidden, head)

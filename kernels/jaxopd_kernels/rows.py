@@ -71,7 +71,11 @@ def stack_forms(values: list[Array], shape: tuple[int, ...]) -> Float[Array, "T 
 
 
 def pair_rows(
-    z_s: Float[Array, "T V"], z_t: Float[Array, "T V"], ids: Int[Array, "T K"], forms: tuple[VocabularyForm, ...] = ()
+    z_s: Float[Array, "T V"],
+    z_t: Float[Array, "T V"],
+    ids: Int[Array, "T K"],
+    forms: tuple[VocabularyForm, ...] = (),
+    second_pass: bool = True,
 ) -> PairStatistics:
     """Computes the statistics of student and teacher logits; -inf marks a token that both models exclude."""
     student, teacher = _softmax(z_s), _softmax(z_t)
@@ -92,8 +96,8 @@ def pair_rows(
         entropy_teacher=teacher.entropy,
         reverse_kl=jnp.sum(_kl_summand(p, q, x), axis=-1),
         forward_kl=jnp.sum(_kl_summand(q, p, -x), axis=-1),
-        js=jnp.sum(_js_summand(p, q, x), axis=-1),
-        total_variation=jnp.sum(jnp.abs(p - q), axis=-1) / 2,
+        js=jnp.sum(_js_summand(p, q, x), axis=-1) if second_pass else jnp.full(ids.shape[:1], jnp.nan),
+        total_variation=jnp.sum(jnp.abs(p - q), axis=-1) / (2 if second_pass else jnp.nan),
         l2=jnp.sqrt(jnp.sum((p - q) ** 2, axis=-1)),
         cosine=jnp.minimum(jnp.sum(p * q, axis=-1) / norms, 1.0),
         variance=jnp.sum(p * centred**2, axis=-1),

@@ -21,6 +21,7 @@ class PairStatistics:
     cosine           [T]  P.Q / (||P|| ||Q||)
     variance         [T]  variance under P of log Q - log P
     gradient_norm    [T]  ||P (f - fbar)|| with f = log Q - log P, the reverse-KL gradient in the student's logits
+    js and total_variation are NaN where pair_statistics was told to leave out the second pass.
     log_p, log_q     [T, K] at the given ids; -inf where the id is outside the common vocabulary (padding is -1)
     f                [T, F, K] each extra form at the ids; 0 where the id is outside
     fbar             [T, F] its mean under P over the whole common vocabulary

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int
 from jaxopd_kernels.rows import VocabularyForm, at_ids, head_rows, pair_rows, stack_forms
 from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
 
-# Float32 logits of one chunk of rows. At V = 151,936 it gives 256 rows of two models, enough to keep the two matrix
-# products bound by arithmetic and not by reading the heads (an H200 needs about 184 rows).
-CHUNK_BYTES = 512 << 20
+# Float32 logits of one chunk of rows: at V = 151,936, 128 rows of two models. Fewer would make the heads' bytes the
+# bound. Compiled for a CPU, a call holds some five times as much, and half of it keeps it under 1 GB.
+CHUNK_BYTES = 256 << 20
+CHUNK_BYTES_CPU = CHUNK_BYTES // 2
 
 Statistics = TypeVar("Statistics", PairStatistics, HeadStatistics)
 
@@ -28,12 +29,14 @@ def logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"], vocab_size: i
     return z[:, :vocab_size]
 
 
-def rows_per_chunk(row_bytes: int, chunk_bytes: int) -> int:
+def rows_per_chunk(row_bytes: int, chunk_bytes: int | None) -> int:
     """Gives the largest power of two of rows whose logits fit in the budget, at least 1."""
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES_CPU if jax.default_backend() == "cpu" else CHUNK_BYTES
     return 1 << max(0, (chunk_bytes // row_bytes).bit_length() - 1)
 
 
-def _in_chunks(function: Callable[..., Statistics], arrays: tuple[Array, ...], rows: int) -> Statistics:
+def in_chunks(function: Callable[..., Statistics], arrays: tuple[Array, ...], rows: int) -> Statistics:
     """Applies a function of rows to `rows` of them at a time, padding the last chunk with zeros."""
     T = arrays[0].shape[0]
     if rows >= T:
@@ -43,7 +46,13 @@ def _in_chunks(function: Callable[..., Statistics], arrays: tuple[Array, ...], r
     def split(x: Array) -> Array:
         return jnp.pad(x, ((0, chunks * rows - T), (0, 0))).reshape(chunks, rows, -1)
 
-    mapped = jax.lax.map(lambda chunk: function(*chunk), jax.tree.map(split, arrays))
+    # As bits: XLA would convert all bfloat16 hidden states to float32 ahead of the loop, for CPUs.
+    parts = [jax.lax.bitcast_convert_type(split(x), jnp.dtype(f"uint{8 * x.dtype.itemsize}")) for x in arrays]
+
+    def one(parts: list[Array]) -> Statistics:
+        return function(*(jax.lax.bitcast_convert_type(part, x.dtype) for part, x in zip(parts, arrays)))
+
+    mapped = jax.lax.map(one, parts)
     return jax.tree.map(lambda x: x.reshape(chunks * rows, *x.shape[2:])[:T], mapped)
 
 
@@ -55,15 +64,17 @@ def pair_statistics(
     ids: Int[Array, "T K"],
     vocab_size: int,
     forms: tuple[VocabularyForm, ...],
-    chunk_bytes: int = CHUNK_BYTES,
+    second_pass: bool = True,
+    chunk_bytes: int | None = None,
 ) -> PairStatistics:
     """Computes the statistics of two models a chunk of rows at a time."""
 
     def chunk(hidden_s: Array, hidden_t: Array, ids: Array) -> PairStatistics:
-        return pair_rows(logits(hidden_s, head_s, vocab_size), logits(hidden_t, head_t, vocab_size), ids, forms)
+        z_s, z_t = logits(hidden_s, head_s, vocab_size), logits(hidden_t, head_t, vocab_size)
+        return pair_rows(z_s, z_t, ids, forms, second_pass)
 
     rows = rows_per_chunk(4 * (head_s.shape[0] + head_t.shape[0]), chunk_bytes)
-    return _in_chunks(chunk, (hidden_s, hidden_t, ids), rows)
+    return in_chunks(chunk, (hidden_s, hidden_t, ids), rows)
 
 
 def head_statistics(
@@ -72,14 +83,14 @@ def head_statistics(
     ids: Int[Array, "T K"],
     k: int,
     vocab_size: int,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> HeadStatistics:
     """Computes the statistics of one model a chunk of rows at a time."""
 
     def chunk(hidden: Array, ids: Array) -> HeadStatistics:
         return head_rows(logits(hidden, head, vocab_size), ids, k)
 
-    return _in_chunks(chunk, (hidden, ids), rows_per_chunk(4 * head.shape[0], chunk_bytes))
+    return in_chunks(chunk, (hidden, ids), rows_per_chunk(4 * head.shape[0], chunk_bytes))
 
 
 def pair_statistics_materialized(
@@ -90,6 +101,7 @@ def pair_statistics_materialized(
     ids: Int[Array, "T K"],
     vocab_size: int,
     forms: tuple[VocabularyForm, ...],
+    second_pass: bool = True,
 ) -> PairStatistics:
     """Computes the same from all [T, V] logits by the definitions; its small divergences are only good to 1e-5."""
     z_s, z_t = logits(hidden_s, head_s, vocab_size), logits(hidden_t, head_t, vocab_size)
@@ -107,8 +119,8 @@ def pair_statistics_materialized(
         entropy_teacher=-total(q * log_q),
         reverse_kl=total(p * (log_p - log_q)),
         forward_kl=total(q * (log_q - log_p)),
-        js=total(p * (log_p - log_m) + q * (log_q - log_m)) / 2,
-        total_variation=total(jnp.abs(p - q)) / 2,
+        js=total(p * (log_p - log_m) + q * (log_q - log_m)) / (2 if second_pass else jnp.nan),
+        total_variation=total(jnp.abs(p - q)) / (2 if second_pass else jnp.nan),
         l2=jnp.linalg.norm(p - q, axis=-1),
         cosine=total(p * q) / (jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)),
         variance=total(p * (f - fbar) ** 2),

@@ -1,22 +1,20 @@
-"""Kernel checks for hardware that is not here: lowering for GPU and TPU, and a real compilation for an H200.
+"""The XLA implementations for hardware that is not here: lowered for GPU and TPU, and really compiled for an H200.
 
 Needs Python 3.12 and kernels/requirements-lane.txt. Run: pytest -m kernel_lane tests/kernel_lane
 """
 
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jaxopd_kernels import IMPLEMENTATIONS, head_statistics, pair_statistics
+from jaxopd_kernels import head_statistics, pair_statistics
 
 pytestmark = pytest.mark.kernel_lane
 
 T, V, DS, DT, K = 4096, 151_936, 1024, 4096, 32
 TOKENIZER_V = 151_669  # what Qwen3's tokenizer produces: the rest of the head is padding
-LARGEST_TEMPORARY = 2e9
+LARGEST_TEMPORARY = 1e9
 
 
 def ratio(log_p, log_q):
@@ -38,7 +36,7 @@ def case(op: str, implementation: str | None, vocab_size: int | None = None):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["xla", "xla_materialized"])
 @pytest.mark.parametrize("op", ["pair", "head"])
 def test_ops_lower_for_hardware_that_is_not_here(op, implementation, platform):
     function, arguments = case(op, implementation)
@@ -49,14 +47,6 @@ def test_ops_lower_for_hardware_that_is_not_here(op, implementation, platform):
     assert f"tensor<{T}x{V}xf32>" not in text or implementation == "xla_materialized"
 
 
-@pytest.fixture(scope="module")
-def h200() -> jax.sharding.Sharding:
-    target = (Path(__file__).parent / "h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=target)
-    mesh = jax.sharding.Mesh([topology.devices[0]], "x")
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-
 def compiled_for(sharding, op, implementation, vocab_size=None):
     function, arguments = case(op, implementation, vocab_size)
     specs = [jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in arguments]
@@ -65,8 +55,8 @@ def compiled_for(sharding, op, implementation, vocab_size=None):
 
 @pytest.mark.parametrize("vocab_size", [None, TOKENIZER_V])
 @pytest.mark.parametrize("op", ["pair", "head"])
-def test_no_logits_of_all_rows_on_an_h200(op, vocab_size, h200, capsys):
-    compiled = compiled_for(h200, op, None, vocab_size)
+def test_no_logits_of_all_rows_on_an_h200(op, vocab_size, device, capsys):
+    compiled = compiled_for(device("h200"), op, None, vocab_size)
     temporary = compiled.memory_analysis().temp_size_in_bytes
     with capsys.disabled():
         print(f"\n{op} T={T} V={vocab_size or V}: {temporary:,} bytes of temporaries on an H200")
@@ -75,7 +65,7 @@ def test_no_logits_of_all_rows_on_an_h200(op, vocab_size, h200, capsys):
     assert temporary < LARGEST_TEMPORARY
 
 
-def test_the_check_sees_logits_where_there_are_some(h200):
-    compiled = compiled_for(h200, "head", "xla_materialized")
+def test_the_check_sees_logits_where_there_are_some(device):
+    compiled = compiled_for(device("h200"), "head", "xla_materialized")
     assert f"f32[{T},{V}]" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes > 4 * T * V

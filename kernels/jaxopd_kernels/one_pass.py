@@ -1,0 +1,143 @@
+"""The public ops around a kernel that streams the vocabulary once: what it leaves out is done here, in bounded memory.
+
+Log-probabilities at given ids are gathered dot products. The top k come from maxima of groups of columns: the k largest
+logits lie in the k groups with the largest maxima, and only those groups' logits are computed again. JS and total
+variation need both log-sum-exps before the first column, so they take a second launch.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxopd_kernels import streaming, xla
+from jaxopd_kernels.rows import VocabularyForm, top_k
+from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
+from jaxopd_kernels.streaming import DISTANCE, HEAD, PAIR, Pass
+
+GROUP = 8  # columns per maximum
+SPARE_GROUPS = 8  # beyond the k largest, since their maxima and the logits computed again are rounded differently
+MAXIMA_BYTES = 128 << 20  # of group maxima at a time: 1,024 rows of 151,936 columns
+GATHER_BYTES = 256 << 20  # of gathered head rows at a time
+
+
+class Streamed(NamedTuple):
+    """What one launch returns: sums over the whole vocabulary, [T] each, and the maxima of its groups of columns.
+
+    columns: the ids of each group, ascending, -1 for what does not count. Groups ascend, too.
+    """
+
+    sums: Any
+    maxima: Float[Array, "G T"] | None = None
+    columns: Int[Array, "G g"] | None = None
+
+
+class Launch(Protocol):
+    """A kernel: streams the first vocab_size rows of the heads past every row of the hidden states."""
+
+    def __call__(
+        self,
+        work: Pass,
+        hidden: tuple[Float[Array, "T _"], ...],
+        heads: tuple[Float[Array, "V _"], ...],
+        vocab_size: int,
+        given: tuple[Float[Array, "T"], ...] = (),
+        maxima: bool = False,
+    ) -> Streamed: ...
+
+
+def pair_statistics(
+    launch: Launch,
+    hidden_s: Float[Array, "T Ds"],
+    head_s: Float[Array, "Vs Ds"],
+    hidden_t: Float[Array, "T Dt"],
+    head_t: Float[Array, "Vt Dt"],
+    ids: Int[Array, "T K"],
+    vocab_size: int,
+    forms: tuple[VocabularyForm, ...],
+    second_pass: bool,
+) -> PairStatistics:
+    """Computes the statistics of two models with a kernel.
+
+    Forms take whole rows of log-probabilities; where those are held every other statistic is cheap, so that calls
+    with forms are the chunked XLA implementation's.
+    """
+    if forms:
+        return xla.pair_statistics(hidden_s, head_s, hidden_t, head_t, ids, vocab_size, forms, second_pass)
+    hidden, heads, T = (hidden_s, hidden_t), (head_s, head_t), hidden_s.shape[0]
+    sums = launch(PAIR, hidden, heads, vocab_size).sums
+    fields = streaming.divergences(sums)
+    if second_pass:
+        given = streaming.logsumexp2(sums.m_s, sums.S_s), streaming.logsumexp2(sums.m_t, sums.S_t)
+        fields |= streaming.distances(launch(DISTANCE, hidden, heads, vocab_size, given).sums)
+    else:
+        fields |= dict.fromkeys(("js", "total_variation"), jnp.full(T, jnp.nan))
+    return PairStatistics(
+        **fields,
+        log_p=logits_at(hidden_s, head_s, ids, vocab_size) - fields["logsumexp_student"][:, None],
+        log_q=logits_at(hidden_t, head_t, ids, vocab_size) - fields["logsumexp_teacher"][:, None],
+        f=jnp.zeros((T, 0, ids.shape[1])),
+        fbar=jnp.zeros((T, 0)),
+    )
+
+
+def head_statistics(
+    launch: Launch,
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    ids: Int[Array, "T K"],
+    k: int,
+    vocab_size: int,
+) -> HeadStatistics:
+    """Computes the statistics of one model with a kernel, rows in chunks if their group maxima are many."""
+
+    def chunk(hidden: Array, ids: Array) -> HeadStatistics:
+        streamed = launch(HEAD, (hidden,), (head,), vocab_size, maxima=k > 0)
+        log_total = streaming.logsumexp(streamed.sums.m, streamed.sums.S)
+        top_ids, top_z = _top_k(hidden, head, streamed, k)
+        return HeadStatistics(
+            logsumexp=log_total,
+            entropy=streaming.entropy(streamed.sums.S, streamed.sums.E),
+            top_ids=top_ids,
+            top_log_p=top_z - log_total[:, None],
+            log_p=logits_at(hidden, head, ids, vocab_size) - log_total[:, None],
+        )
+
+    rows = xla.rows_per_chunk(4 * -(-vocab_size // GROUP), MAXIMA_BYTES) if k else hidden.shape[0]
+    return xla.in_chunks(chunk, (hidden, ids), rows)
+
+
+def _top_k(
+    hidden: Float[Array, "T D"], head: Float[Array, "V D"], streamed: Streamed, k: int
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    """Recomputes the logits of the k groups with the largest maxima and sorts them; ties by lower id."""
+    T = hidden.shape[0]
+    if k == 0:
+        return jnp.zeros((T, 0), jnp.int32), jnp.zeros((T, 0))
+    _, groups = top_k(streamed.maxima.T, min(k + SPARE_GROUPS, streamed.maxima.shape[0]))
+    # in the order of their ids, so that ties go to the lower one
+    candidates = streamed.columns[jnp.sort(groups, axis=-1)].reshape(T, -1)
+    z, where = jax.lax.top_k(logits_at(hidden, head, candidates, head.shape[0]), k)
+    return jnp.take_along_axis(candidates, where, axis=1), z
+
+
+def logits_at(
+    hidden: Float[Array, "T D"], head: Float[Array, "V D"], ids: Int[Array, "T K"], vocab_size: int
+) -> Float[Array, "T K"]:
+    """Multiplies each row of hidden states by its own rows of the head, in float32; -inf where an id is no column."""
+
+    def chunk(hidden: Array, ids: Array) -> Array:
+        inside = (ids >= 0) & (ids < vocab_size)
+        rows = head[jnp.where(inside, ids, 0)].astype(jnp.float32)
+        return jnp.where(inside, jnp.sum(rows * hidden.astype(jnp.float32)[:, None], axis=-1), -jnp.inf)
+
+    bytes_per_row = max(1, ids.shape[1]) * head.shape[1] * 4
+    return xla.in_chunks(chunk, (hidden, ids), xla.rows_per_chunk(bytes_per_row, GATHER_BYTES))
+
+
+def ops(launch: Launch) -> tuple[Callable[..., PairStatistics], Callable[..., HeadStatistics]]:
+    """The two public ops of a kernel, in the order of Implementation's fields."""
+    return partial(pair_statistics, launch), partial(head_statistics, launch)
