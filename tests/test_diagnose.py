@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from jaxopd.diagnose import DiagnoseConfig, diagnose
+from jaxopd.runs import RunFolder
 from jaxopd.toy import MODELS
 
 TABLES = ("questions", "paths", "nodes", "tokens")
@@ -121,6 +122,42 @@ def test_lost_pieces_come_back_the_same(folder, tmp_path) -> None:
             marker.unlink()
     diagnose(CONFIG, str(again))
     assert contents(again) == contents(folder)
+
+
+def test_exits_take_fewer_rollouts_and_none_on_a_path(folder, tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, allocation="exits", exit_tokens=4000, target_se=0.02, limit=2)
+    run = diagnose(config, str(tmp_path / "exits"))
+    questions, cosines = (run.read_table(f"records/{name}.parquet") for name in ("questions", "cosines"))
+    paper = pd.read_parquet(folder / "records" / "questions.parquet")
+    assert (questions.n_initial <= CONFIG.rollouts).all()
+    assert (questions.n_initial % 20 == 0).all()
+    # An initial rollout is the same one however many are asked for.
+    few, many = (RunFolder.existing(str(path)).load("rollouts/00000")[0] for path in (tmp_path / "exits", folder))
+    width = min(few["tokens"].shape[1], many["tokens"].shape[1])
+    np.testing.assert_array_equal(few["tokens"][:, :width], many["tokens"][: len(few["tokens"]), :width])
+    analysed = questions[questions.excluded == ""]
+    assert len(analysed) > 0
+    assert set(cosines.question) == set(analysed.question)
+    assert (cosines.se > 0).all()
+    assert ((cosines.low < cosines.global_cosine) & (cosines.global_cosine < cosines.high)).all()
+    assert analysed.n_targeted.sum() < paper.n_targeted.sum()
+    for index in np.flatnonzero(questions.excluded == ""):
+        tokens, launch = (run.load(f"enrichment/{index:05d}")[0][name] for name in ("tokens", "launch"))
+        paths = [row[row >= 0] for row in _paths_of(run, index)]
+        for row, given in zip(tokens, launch, strict=True):
+            assert not any(np.array_equal(row[:given], path[:given]) for path in paths)
+            assert any(np.array_equal(row[: given - 1], path[: given - 1]) for path in paths)
+
+
+def _paths_of(run: RunFolder, index: int) -> list[np.ndarray]:
+    """The first distinct correct and incorrect rollouts of a question, straight from its rollouts."""
+    rolled, _ = run.load(f"rollouts/{index:05d}")
+    found: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    for row, grade in zip(rolled["tokens"], rolled["grade"], strict=True):
+        same = found[bool(grade == 1)]
+        if len(same) < CONFIG.paths and not any(np.array_equal(row, other) for other in same):
+            same.append(row)
+    return found[True] + found[False]
 
 
 @pytest.mark.slow

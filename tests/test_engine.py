@@ -10,7 +10,7 @@ from scipy import stats
 
 from jaxopd.errors import InputError
 from jaxopd.models import QwenConfig, init_model, logits
-from jaxopd.rollouts import LENGTH, STOP, Engine, Requests, Sampling, engine, rollout
+from jaxopd.rollouts import LENGTH, STOP, Engine, Requests, Sampling, decode, rollout
 from jaxopd.rollouts.sampling import draw, request_keys, warp
 
 CONFIG = QwenConfig(97, 48, 96, 2, 4, 2, 16, max_positions=256, initializer_range=0.15, eos_token_ids=(3,))
@@ -97,11 +97,11 @@ def test_a_subset_of_requests_gives_the_same_tokens(model, trunks, requests, ans
 def test_other_settings_compile_nothing_new(model, trunks, requests) -> None:
     runner = Engine(model, slots=64, mesh=mesh(1))
     runner.run(trunks, requests, SAMPLING)
-    before = engine._chunk._cache_size()
+    before = decode.decode_block._cache_size()
     changed = Sampling(40, stop_ids=(9,), temperature=0.6, top_p=0.9, top_k=12, seed=3)
     runner.run(trunks, requests, changed)
     runner.run(trunks, requests, dataclasses.replace(changed, temperature=0.0))
-    assert engine._chunk._cache_size() == before
+    assert decode.decode_block._cache_size() == before
 
 
 def test_greedy_draws_the_argmax(model, trunks, requests) -> None:

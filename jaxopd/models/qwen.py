@@ -6,6 +6,7 @@ q, k, v of each layer to an `Attend` function, so that scoring, prefill and deco
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,9 @@ class MLP(nnx.Module):
         self.down_proj = projection(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        # In float32: a CPU would round every step of a bfloat16 sigmoid.
+        gate, up = (p(x).astype(jnp.float32) for p in (self.gate_proj, self.up_proj))
+        return self.down_proj((jax.nn.silu(gate) * up).astype(x.dtype))
 
 
 class DecoderLayer(nnx.Module):
@@ -117,13 +120,14 @@ class Qwen(nnx.Module):
         self.lm_head = None if config.tie_embeddings else Embedding(config, dtype, rngs)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, remat: bool = False
     ) -> Float[Array, "B T D"]:
-        """Computes the hidden states after the final norm."""
+        """Computes the hidden states after the final norm; remat: layers keep their inputs only, for training."""
         x = self.embed_tokens.weight[...][tokens]
         rotary = rotary_tables(self.config, positions)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, lambda q, k, v, index=index: attend(index, q, k, v))
+            step = partial(layer, rotary=rotary, attend=partial(attend, index))
+            x = jax.checkpoint(step)(x) if remat else step(x)
         return self.norm(x)
 
     def head(self) -> Float[Array, "V D"]:
@@ -159,9 +163,11 @@ def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
 
 
-def forward(model: Qwen, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+def forward(
+    model: Qwen, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, remat: bool = False
+) -> Float[Array, "B T D"]:
     """Computes hidden states of full sequences under causal attention; traceable."""
-    return model(tokens, positions_of(mask), lambda _, q, k, v: causal_attention(q, k, v, mask))
+    return model(tokens, positions_of(mask), lambda _, q, k, v: causal_attention(q, k, v, mask), remat)
 
 
 @nnx.jit

@@ -41,20 +41,66 @@ def warp(
     tokens whose renormalised mass reaches p, with ties of its last token. Temperature 0 keeps the argmax alone.
     """
     greedy = temperature == 0
-    logits = logits / jnp.where(greedy, 1.0, temperature)
-    # A branch not taken costs nothing: plain sampling never pays the 32 passes of a threshold search.
-    logits = lax.cond(top_k > 0, lambda x: _keep_top_k(x, top_k), lambda x: x, logits)
-    logits = lax.cond(top_p < 1, lambda x: _keep_top_p(x, top_p), lambda x: x, logits)
-    best = jnp.arange(logits.shape[-1])[None] == jnp.argmax(logits, -1)[:, None]
-    return jnp.where(greedy & ~best, -jnp.inf, logits)
+    scaled = logits / jnp.where(greedy, 1.0, temperature)
+
+    def everything(z: Array) -> tuple[Array, Array]:
+        return jnp.full(z.shape[0], -jnp.inf), jnp.full(z.shape[0], -1, jnp.int32)
+
+    def truncated(z: Array) -> tuple[Array, Array]:
+        least = jnp.where(top_k > 0, _top_k_threshold(z, top_k), -jnp.inf)
+        kept = jnp.where(z >= least[:, None], z, -jnp.inf)
+        least = jnp.where(top_p < 1, jnp.maximum(least, _top_p_threshold(kept, top_p)), least)
+        return least, jnp.where(greedy, jnp.argmax(z, -1).astype(jnp.int32), -1)
+
+    # What a branch hands back is a number a row: plain sampling pays neither the searches nor a copy of the logits.
+    plain = (top_k <= 0) & (top_p >= 1) & ~greedy
+    least, only = lax.cond(plain, everything, truncated, scaled)
+    token = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+    kept = (scaled >= least[:, None]) & ((only[:, None] < 0) | (token == only[:, None]))
+    return jnp.where(kept, scaled, -jnp.inf)
+
+
+def tile_width(vocabulary: int) -> int:
+    """Gives a power of two of at most sqrt(V), so that choosing a tile and choosing inside it cost about the same.
+
+    One that divides V is preferred: padding would copy the logits (12 ms instead of 2 for 32 rows of 151,936).
+    """
+    most = 1 << ((vocabulary.bit_length() - 1) // 2)
+    dividing = min(most, vocabulary & -vocabulary)
+    return dividing if 2 * dividing >= most else most
 
 
 def draw(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """Draws one token a row from softmax(logits), each row with its own key.
+    """Draws one token a row from softmax(logits), each row with its own key."""
+    return draw_scored(keys, logits)[0]
 
-    mode="high" spends two words a token: the default biases events under 1e-7.
+
+def draw_scored(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draws one token a row from softmax(logits) and gives its log-probability: first a tile by its mass, then in it.
+
+    P(token) = P(tile) P(token | tile), so it is exact, for about 2 sqrt(V) random numbers a row instead of V.
+    mode="high" spends two words a number: the default biases events under 1e-7.
     """
-    return jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))(keys, logits)
+    B, V = logits.shape
+    width = tile_width(V)
+    tiles = -(-V // width)
+    tiled = jnp.pad(logits, ((0, 0), (0, tiles * width - V)), constant_values=-jnp.inf).reshape(B, tiles, width)
+
+    def choose(key: Array, row: Array) -> Array:
+        return jax.random.categorical(key, row, mode="high")
+
+    tile_keys, token_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    mass = jax.nn.logsumexp(tiled, -1)
+    tile = jax.vmap(choose)(tile_keys, mass)
+    inside = jnp.take_along_axis(tiled, tile[:, None, None], 1)[:, 0]
+    place = jax.vmap(choose)(token_keys, inside)
+    log_prob = jnp.take_along_axis(inside, place[:, None], 1)[:, 0] - jax.nn.logsumexp(mass, -1)
+    return (tile * width + place).astype(jnp.int32), log_prob
+
+
+def log_prob(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Gives the log-probability of each row's token under softmax(logits)."""
+    return jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, -1)
 
 
 def request_keys(seed: Int[Array, ""], request: Int[Array, " B"], step: Int[Array, " B"]) -> Key[Array, " B"]:
@@ -69,8 +115,8 @@ def _ordered_bits(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _keep_largest(logits: Array, weight: Array, enough: Array) -> Array:
-    """Keeps values from the largest down until their weights reach `enough`, with the ties of the last one."""
+def _threshold(logits: Array, weight: Array, enough: Array) -> Array:
+    """Finds the largest value of each row such that the weights of the values at or above it reach `enough`."""
     bits = _ordered_bits(logits)
 
     def bisect(i: Array, threshold: Array) -> Array:
@@ -78,13 +124,13 @@ def _keep_largest(logits: Array, weight: Array, enough: Array) -> Array:
         reached = jnp.where(bits >= raised[:, None], weight, 0).sum(-1) >= enough
         return jnp.where(reached, raised, threshold)
 
-    threshold = lax.fori_loop(0, 32, bisect, jnp.zeros(logits.shape[0], jnp.uint32))
-    return jnp.where(bits >= threshold[:, None], logits, -jnp.inf)
+    found = lax.fori_loop(0, 32, bisect, jnp.zeros(logits.shape[0], jnp.uint32))
+    return jnp.where(bits >= found[:, None], logits, jnp.inf).min(-1)
 
 
-def _keep_top_k(logits: Array, top_k: Array) -> Array:
-    return _keep_largest(logits, jnp.ones(logits.shape, jnp.int32), top_k)
+def _top_k_threshold(logits: Array, top_k: Array) -> Array:
+    return _threshold(logits, jnp.ones(logits.shape, jnp.int32), top_k)
 
 
-def _keep_top_p(logits: Array, top_p: Array) -> Array:
-    return _keep_largest(logits, jax.nn.softmax(logits, -1), top_p)
+def _top_p_threshold(logits: Array, top_p: Array) -> Array:
+    return _threshold(logits, jax.nn.softmax(logits, -1), top_p)

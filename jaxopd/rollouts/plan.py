@@ -1,0 +1,91 @@
+"""The memory plan of a run: what it will hold, computed before anything is allocated, and the slots that fit."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxopd.models.config import QwenConfig
+from jaxopd.rollouts.decode import prefill_block, prefill_bytes
+from jaxopd.rollouts.suffix import ring_width
+from jaxopd.rollouts.wave import bucket, trunk_bucket
+
+HELD = 0.25  # of max_tokens, the private tokens a slot is planned for: lengths differ, and slots are refilled
+USABLE = 0.9  # of the memory the device reports
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes over all devices for waves of `groups` trunks with `slots` slots each."""
+
+    groups: int
+    slots: int
+    weights: int
+    trunks: int
+    suffix: int
+    workspace: int
+    budget: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.trunks + self.suffix + self.workspace
+
+    def __str__(self) -> str:
+        names = ("weights", "trunks", "suffix", "workspace")
+        parts = ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in names)
+        return f"{self.groups} x {self.slots} slots: {self.total / 1e9:.2f} of {self.budget / 1e9:.2f} GB ({parts})"
+
+
+def plan_memory(
+    config: QwenConfig,
+    dtype: jnp.dtype,
+    *,
+    weights: int,
+    trunks: int,
+    trunk_length: int,
+    most: int,
+    max_tokens: int,
+    slots: int,
+    mesh: jax.sharding.Mesh,
+    budget: int | None = None,
+) -> MemoryPlan:
+    """Plans waves for `trunks` trunks of up to `trunk_length` tokens with up to `most` requests each.
+
+    With e bytes a number, c = 2 layers K h e bytes a cached token, L the trunk's bucket, S = N B slots, W the ring:
+
+        trunks     N L c, twice where another wave follows (its prefill starts before this one ends)
+        suffix     S max(W, HELD max_tokens) c
+        workspace  max(4 S (3 V + 2 H L), the prefill's intermediate results)
+
+    Slots are halved from `slots` until the total fits `budget` (default: `device_budget`), or one a device is left.
+    """
+    devices = mesh.size
+    budget = device_budget(mesh) if budget is None else budget
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    L = trunk_bucket(trunk_length)
+    while True:
+        N, B = layout(trunks, most, slots, devices)
+        S, waves = N * B, 2 if trunks > N else 1
+        prefill = prefill_bytes(config, N, prefill_block(config, N, L))
+        decode = 4 * S * (3 * config.vocab_size + 2 * config.num_heads * L)
+        suffix = S * max(ring_width(max_tokens), int(HELD * max_tokens)) * token
+        plan = MemoryPlan(N, B, weights, waves * N * L * token, suffix, max(prefill, decode), budget)
+        if plan.total <= budget or slots <= devices:
+            return plan
+        slots = max(devices, slots // 2)
+
+
+def layout(trunks: int, most: int, slots: int, devices: int) -> tuple[int, int]:
+    """Chooses N groups of B slots: as many slots a trunk as it has requests, then as many trunks as fit."""
+    B = min(slots, bucket(most, 1))
+    N = max(1, min(bucket(trunks, 1), slots // B))
+    return (1, -(-B // devices) * devices) if N == 1 else (-(-N // devices) * devices, B)
+
+
+def device_budget(mesh: jax.sharding.Mesh) -> int:
+    """Gives the bytes this run may use: USABLE of what the devices report, or of the free memory of a CPU's machine."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    if all("bytes_limit" in s for s in stats):
+        return int(USABLE * sum(s["bytes_limit"] for s in stats))
+    return int(USABLE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

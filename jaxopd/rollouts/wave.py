@@ -1,0 +1,200 @@
+"""One wave: a few trunks on the device, their queues, and the blocks of steps that empty them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxopd.models.config import QwenConfig
+from jaxopd.rollouts.decode import Queue, Slots, Trunks, decode_block, fill, prefill
+from jaxopd.rollouts.sampling import Sampling
+from jaxopd.rollouts.suffix import FREE, PAGE, Pages, Ring, moved, places, ring_width, stored
+
+
+@dataclass(frozen=True)
+class Requests:
+    """R requests: attend to trunk[:cut], feed `forced` (-1: none), sample to the end. `id` seeds the draws.
+
+    `limit` bounds the tokens drawn per request, under the run's max_tokens; None: max_tokens for all.
+    """
+
+    trunk: Int[np.ndarray, " R"]
+    cut: Int[np.ndarray, " R"]
+    forced: Int[np.ndarray, " R"]
+    id: Int[np.ndarray, " R"]
+    limit: Int[np.ndarray, " R"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.trunk)
+
+    @classmethod
+    def continuations(cls, trunks: Sequence[Sequence[int]], n: int) -> "Requests":
+        """Asks for n continuations of each whole trunk."""
+        trunk = np.repeat(np.arange(len(trunks)), n)
+        cut = np.array([len(t) for t in trunks], np.int64)[trunk]
+        return cls(trunk, cut, np.full(len(trunk), -1), np.arange(len(trunk)))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens drawn in one block, in no order; M of them."""
+
+    row: Int[np.ndarray, " M"]  # the request
+    step: Int[np.ndarray, " M"]
+    token: Int[np.ndarray, " M"]
+    raw_logp: Float[np.ndarray, " M"]
+    sampling_logp: Float[np.ndarray, " M"]
+    reason: Int[np.ndarray, " M"]  # STOP, LENGTH, or -1 where the rollout goes on
+
+
+@dataclass(frozen=True)
+class Layout:
+    """N groups of B slots on a mesh; a group serves one trunk. Groups are spread over devices; of one, its slots."""
+
+    groups: int
+    slots: int
+    mesh: jax.sharding.Mesh
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    @property
+    def by_group(self) -> NamedSharding:
+        return self.sharding("data") if self.groups > 1 else self.sharding()
+
+    @property
+    def by_slot(self) -> NamedSharding:
+        return self.sharding("data") if self.groups > 1 else self.sharding(None, "data")
+
+
+class Wave:
+    """Serves the requests `rows[i]` on trunk i; making one dispatches the prefill (unless `computed`) and returns."""
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        state: nnx.State,
+        config: QwenConfig,
+        layout: Layout,
+        trunks: list[Int[np.ndarray, " L"]],
+        rows: list[Int[np.ndarray, " R"]],
+        requests: Requests,
+        sampling: Sampling,
+        computed: Trunks | None = None,
+    ):
+        self.graph, self.state, self.config, self.layout = graph, state, config, layout
+        self.rows, self.sampling = rows, sampling
+        self.waiting = True  # whether the queue still holds requests
+        N, B = layout.groups, layout.slots
+        tokens = np.zeros((N, trunk_bucket(max(map(len, trunks)))), np.int32)
+        for group, trunk in enumerate(trunks):
+            tokens[group, : len(trunk)] = trunk
+        self.trunks = prefill(graph, state, jax.device_put(tokens, layout.by_group)) if computed is None else computed
+        self.queue = jax.device_put(_queue(config, trunks, rows, requests, sampling, N), layout.by_group)
+        idle = jax.device_put(np.zeros((N, B), np.int32), layout.by_slot)
+        pointer = jax.device_put(np.zeros(N, np.int32), layout.by_group)
+        self.slots = fill(self.queue, Slots(idle - 1, idle, idle, idle, pointer))
+
+    def blocks(self) -> Iterator[Drawn]:
+        """Decodes PAGE steps at a time until every request is answered."""
+        width = ring_width(self.sampling.max_tokens)
+        ring, pages = Ring(*self._caches(width, self.layout.groups * self.layout.slots)), self._pages(0)
+        settings, now = _settings(self.sampling), 0
+        while True:
+            ring, self.slots, *out = decode_block(
+                self.graph, self.state, self.trunks, pages, self.queue, ring, self.slots, np.int32(now), settings
+            )
+            log, active, self.waiting, needed = jax.device_get(out)
+            steps, groups, _ = picked = np.nonzero(log.request >= 0)
+            row = np.empty(len(steps), np.int64)
+            for group, members in enumerate(self.rows):
+                here = groups == group
+                row[here] = members[log.request[picked][here]]
+            yield Drawn(row, *(x[picked] for x in (log.step, log.token, log.raw_logp, log.sampling_logp, log.reason)))
+            if not active:
+                return
+            now += PAGE
+            if self.sampling.max_tokens > width:
+                pages = self._turn(pages, ring, now, int(needed))
+
+    def _caches(self, width: int, *outer: int) -> tuple[list[Array], list[Array]]:
+        """Makes zeroed keys and values [*outer, K, width, h] of every layer, the first axis over the devices."""
+        shape = (*outer, self.config.num_kv_heads, width, self.config.head_dim)
+        dtype, where = self.trunks.keys[0].dtype, self.layout.sharding("data")
+        keys, values = ([jnp.zeros(shape, dtype, device=where) for _ in range(self.config.num_layers)] for _ in "kv")
+        return keys, values
+
+    def _pages(self, size: int) -> Pages:
+        C, where = self.layout.mesh.size, self.layout.sharding("data")
+        owner, block = (jax.device_put(np.full((C, size), value, np.int32), where) for value in (0, FREE))
+        return Pages(*self._caches(PAGE, C, size), owner, block)
+
+    def _turn(self, pages: Pages, ring: Ring, now: int, needed: int) -> Pages:
+        """Saves what the next block overwrites, in a larger or smaller pool where `needed` asks for one."""
+        step = self.slots.step.reshape(self.layout.mesh.size, -1)
+        before, size = pages.owner.shape[1], bucket(needed, step.shape[1]) if needed else 0
+        if size == 0:
+            return pages if before == 0 else self._pages(0)
+        if before == 0:
+            pages, before = self._pages(size), size
+        now, width = np.int32(now), ring.keys[0].shape[2]
+        owner, block, order, target = places(pages.owner, pages.block, step, now, width=width, size=size)
+        for caches, news in ((pages.keys, ring.keys), (pages.values, ring.values)):
+            for layer, new in enumerate(news):  # one layer at a time: only one is ever held twice
+                cache = caches[layer] if size == before else moved(caches[layer], order)
+                caches[layer] = stored(cache, new, target, now)
+        return Pages(pages.keys, pages.values, owner, block)
+
+
+def _queue(
+    config: QwenConfig,
+    trunks: list[np.ndarray],
+    rows: list[np.ndarray],
+    requests: Requests,
+    sampling: Sampling,
+    groups: int,
+) -> Queue:
+    R = bucket(max(map(len, rows)), 256)  # a queue is a few numbers a request; another length would compile anew
+    start, first, limit, identity = (np.zeros((groups, R), np.int32) for _ in range(4))
+    count = np.zeros(groups, np.int32)
+    for group, (trunk, members) in enumerate(zip(trunks, rows, strict=True)):
+        cut, forced, n = requests.cut[members], requests.forced[members], len(members)
+        # Without a forced token the trunk's last token is fed again: its logits start the rollout.
+        start[group, :n] = np.where(forced >= 0, cut, cut - 1)
+        first[group, :n] = np.where(forced >= 0, forced, trunk[cut - 1])
+        limit[group, :n] = np.minimum(sampling.max_tokens, config.max_positions - start[group, :n] - 1)
+        if requests.limit is not None:
+            limit[group, :n] = np.minimum(limit[group, :n], requests.limit[members])
+        identity[group, :n], count[group] = requests.id[members], n
+    return Queue(start, first, limit, identity, count)
+
+
+def _settings(sampling: Sampling) -> tuple:
+    stop = np.full(bucket(len(sampling.stop_ids), 8), -1, np.int32)
+    stop[: len(sampling.stop_ids)] = sampling.stop_ids
+    return (
+        np.uint32(sampling.seed & 0xFFFFFFFF),
+        np.float32(sampling.temperature),
+        np.float32(sampling.top_p),
+        np.int32(sampling.top_k),
+        stop,
+    )
+
+
+def bucket(n: int, least: int) -> int:
+    """Rounds up to `least` times a power of two, so that few shapes are ever compiled."""
+    size = least
+    while size < n:
+        size *= 2
+    return size
+
+
+def trunk_bucket(length: int) -> int:
+    """Rounds up to 4, 5, 6 or 7 times a power of two, at least 8: at most a quarter of a trunk is padding."""
+    quarter = max(8, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // quarter) * quarter
