@@ -10,8 +10,11 @@ import tyro
 from rich.console import Console
 
 from jaxopd.errors import InputError
+from jaxopd.verbs.compare import Compare
+from jaxopd.verbs.console import keep_compiled, show_notices
 from jaxopd.verbs.demo import Demo, Truth
 from jaxopd.verbs.diagnose import Diagnose, MakeReport
+from jaxopd.verbs.screen import Screen
 from jaxopd.verbs.toy import Toy
 
 PIPED_WIDTH = 140  # columns of a table that goes into a file
@@ -20,6 +23,8 @@ Verb = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[MakeReport, tyro.conf.subcommand("report")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Screen, tyro.conf.subcommand("screen")]
     | Annotated[Truth, tyro.conf.subcommand("truth")]
     | Annotated[Toy, tyro.conf.subcommand("toy")]
 )
@@ -29,8 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; 0 when it worked, 2 with one sentence on bad input or a full disk."""
     verb = tyro.cli(Verb, args=arguments, prog="jaxopd", description="On-policy distillation, measured token by token.")
     try:
+        keep_compiled()
         console = Console()
-        verb.run(console if console.is_terminal else Console(width=PIPED_WIDTH))
+        console = console if console.is_terminal else Console(width=PIPED_WIDTH)
+        show_notices(console)
+        verb.run(console)
     except InputError as error:
         print(f"jaxopd: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ LAYERS = [
     {"errors", "types", "jaxopd_kernels"},
     {"tasks", "models"},
     {"rollouts", "scoring", "responses", "tree", "gradients"},
-    {"alignment", "runs"},
+    {"alignment", "analysis", "runs"},
     {"diagnose", "truth", "train", "toy", "report"},
     {"verbs"},
     {"cli"},

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxopd.models.config import QwenConfig
-from jaxopd.rollouts.decode import prefill_block, prefill_bytes
+from jaxopd.rollouts.decode import decode_bytes, prefill_block, prefill_bytes
 from jaxopd.rollouts.suffix import ring_width
 from jaxopd.rollouts.wave import bucket, trunk_bucket
 
@@ -56,7 +56,7 @@ def plan_memory(
 
         trunks     N L c, twice where another wave follows (its prefill starts before this one ends)
         suffix     S max(W, HELD max_tokens) c
-        workspace  max(4 S (3 V + 2 H L), the prefill's intermediate results)
+        workspace  the larger of `decode_bytes` and `prefill_bytes`: a device runs one program at a time
 
     Slots are halved from `slots` until the total fits `budget` (default: `device_budget`), or one a device is left.
     """
@@ -68,7 +68,7 @@ def plan_memory(
         N, B = layout(trunks, most, slots, devices)
         S, waves = N * B, 2 if trunks > N else 1
         prefill = prefill_bytes(config, N, prefill_block(config, N, L))
-        decode = 4 * S * (3 * config.vocab_size + 2 * config.num_heads * L)
+        decode = decode_bytes(config, S, L)
         suffix = S * max(ring_width(max_tokens), int(HELD * max_tokens)) * token
         plan = MemoryPlan(N, B, weights, waves * N * L * token, suffix, max(prefill, decode), budget)
         if plan.total <= budget or slots <= devices:

@@ -12,6 +12,7 @@ and labelled instructions. A solution echoes every instruction and states its re
 import json
 import random
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +191,7 @@ class Toy:
 
 
 def _read_jsonl(path: Path) -> list[Question]:
-    questions = []
+    questions, seen = [], Counter()
     for number, line in enumerate(decode(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -204,7 +205,9 @@ def _read_jsonl(path: Path) -> list[Question]:
             ) from None
         if stated != problem.gold:
             raise InputError(f"{path}: line {number}: found answer {stated!r}, expected {problem.gold!r}")
-        questions.append(_question(f"{row.get('id', path.stem)}-{number}", problem))
+        name = str(row.get("id", f"{path.stem}-{number}"))
+        seen[name] += 1  # run records are keyed by name
+        questions.append(_question(name if seen[name] == 1 else f"{name}#{seen[name]}", problem))
     return questions
 
 

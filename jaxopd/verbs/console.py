@@ -1,14 +1,72 @@
-"""What verbs show: progress bars, small tables, the report of a run."""
+"""What verbs share: compiled programs kept on disk, notices, progress bars, small tables, the report of a run."""
 
+import hashlib
+import logging
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import jax
 import pandas as pd
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from jaxopd.diagnose.session import Progress as Report
+from jaxopd.rollouts.plan import MemoryPlan
+
+NEWS = 1.5
+LEAST_COMPILE_SECONDS = 0.1  # programs that compile faster are not worth a file
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache folder for later processes; JAX_COMPILATION_CACHE_DIR names another.
+
+    Does nothing where that folder cannot be written.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "jaxopd" / "compiled" / _machine()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
+
+
+def _machine() -> str:
+    """Names the processor's instruction set: a home folder may be shared, and code for one may not run on another."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+    features = sorted({line for line in lines if line.startswith(("flags", "Features"))})
+    return f"{platform.machine()}-{hashlib.sha256(repr(features).encode()).hexdigest()[:12]}"
+
+
+def show_notices(console: Console) -> None:
+    """Prints what the package logs above the progress bars; of the engine's memory plans those that need much more."""
+    log = logging.getLogger("jaxopd")
+    log.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
+    log.handlers[0].addFilter(_LargerPlans())
+    log.setLevel(logging.INFO)
+
+
+class _LargerPlans(logging.Filter):
+    """Drops a memory plan that needs less than NEWS times the last one shown: verbs make one for each question."""
+
+    shown = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        plans = [x for x in record.args or () if isinstance(x, MemoryPlan)]
+        if any(plan.total <= NEWS * self.shown for plan in plans):
+            return False
+        self.shown = max([self.shown, *(plan.total for plan in plans)])
+        return True
 
 
 def show_report(console: Console, out: str) -> None:
@@ -24,7 +82,7 @@ def as_table(title: str, frame: pd.DataFrame) -> Table:
     """Renders a small frame for the terminal."""
     table = Table(title=title)
     for column in frame.columns:
-        table.add_column(column, justify="left" if frame[column].dtype == object else "right")
+        table.add_column(column, justify="right" if pd.api.types.is_numeric_dtype(frame[column]) else "left")
     for row in frame.itertuples(index=False):
         table.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row))
     return table
