@@ -127,8 +127,8 @@ def decode_phase(model: Qwen, case: Case, *, shared: bool) -> Callable[[], int]:
     return run
 
 
-def measured(case: Case, model: Qwen, machine: MachineFloor, repeats: int) -> list[Measurement]:
-    """Times the contestants of one case; reference: the engine."""
+def measured(case: Case, model: Qwen, machine: MachineFloor, repeats: int, against: str) -> list[Measurement]:
+    """Times the contestants of one case whose name holds `against`; reference: the engine."""
 
     def lazily(make: Callable[[], Callable]) -> Callable[[], object]:
         """Builds a contestant at its first run, so that one that cannot be built is reported like one that fails."""
@@ -151,7 +151,7 @@ def measured(case: Case, model: Qwen, machine: MachineFloor, repeats: int) -> li
         others["jaxopd, unshared"] = lazily(lambda: decode_phase(model, case, shared=False))
     others["jit step, Python loop"] = lazily(lambda: python_loop(model, *size))
     rows = []
-    for name in list(others):  # one at a time beside the engine: their caches together would not fit
+    for name in [name for name in others if against in name]:
         pair = {**ours, name: others.pop(name)}
         found = interleaved(pair, case=case.name, repeats=repeats, work=case.sequences * case.new, unit="tok")
         rows.append(with_floor(found[1], floor_of(case, model.config, machine, shared=False)))
@@ -202,6 +202,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=5.0, help="start no further case after these")
     parser.add_argument("--only", type=int, help="trunk length of the one case to run")
+    parser.add_argument("--against", default="", help="only contestants whose name holds this")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
@@ -221,13 +222,15 @@ def main() -> None:
         if case.model != name:
             model, name = None, case.model  # frees the model before
             model = init_model(shape(name), dtype="bfloat16")
-        rows += measured(case, model, machine, options.repeats)
+        rows += measured(case, model, machine, options.repeats, options.against)
     if options.smoke or not (on_cpu or late()):
         rows += public_workloads(model, machine, options.smoke)
     if options.only is None and not late():
         rows += scaling((200, 400) if options.smoke else (200, 500, 1000, 2000, 4000, 8000), options.smoke)
-    settings = {"smoke": options.smoke, "repeats": options.repeats, "threads": "all cores, torch and jax alike"}
-    write(Result("bench_rollouts", machine, rows, settings), options.folder)
+    named = {"smoke": options.smoke, "repeats": options.repeats, "against": options.against}
+    settings = {**named, "threads": "all cores, torch and jax alike"}
+    part = "" if options.only is None else f"_trunk_{options.only}"
+    write(Result(f"bench_rollouts{part}", machine, rows, settings), options.folder)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jaxopd.verbs.demo import Demo, Truth
 from jaxopd.verbs.diagnose import Diagnose, MakeReport
 from jaxopd.verbs.screen import Screen
 from jaxopd.verbs.toy import Toy
+from jaxopd.verbs.train import Corpus, Evaluate, Preflight, Train
 
 PIPED_WIDTH = 140  # columns of a table that goes into a file
 
@@ -26,6 +27,10 @@ Verb = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Screen, tyro.conf.subcommand("screen")]
     | Annotated[Truth, tyro.conf.subcommand("truth")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Preflight, tyro.conf.subcommand("preflight")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Corpus, tyro.conf.subcommand("corpus")]
     | Annotated[Toy, tyro.conf.subcommand("toy")]
 )
 

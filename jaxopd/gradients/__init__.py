@@ -27,6 +27,15 @@ from jaxopd.gradients.divergences import (
     reverse_kl,
     reverse_kl_loss,
 )
+from jaxopd.gradients.policy import (
+    clipped_surrogate,
+    direct,
+    importance_ratio,
+    kl_estimate,
+    likelihood,
+    returns,
+    truncated_surrogate,
+)
 from jaxopd.gradients.rewarded import dr_grpo, dr_grpo_std, ideal
 from jaxopd.gradients.sampled import minillm, reward_to_go, score_function, single_sample
 
@@ -49,6 +58,8 @@ __all__ = [
     "Form",
     "Position",
     "Reading",
+    "clipped_surrogate",
+    "direct",
     "dr_grpo",
     "dr_grpo_std",
     "forward_kl",
@@ -56,16 +67,21 @@ __all__ = [
     "from_loss",
     "gradient",
     "ideal",
+    "importance_ratio",
     "jsd",
     "jsd_loss",
+    "kl_estimate",
+    "likelihood",
     "logit_gradient",
     "minillm",
     "on_support",
     "renormalize",
+    "returns",
     "reverse_kl",
     "reverse_kl_loss",
     "reward_to_go",
     "score_function",
     "single_sample",
     "surrogate",
+    "truncated_surrogate",
 ]

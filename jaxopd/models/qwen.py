@@ -34,8 +34,9 @@ class Linear(nnx.Module):
 
 def linear(x: Float[Array, "*B I"], weight: Float[Array, "O I"], out: jnp.dtype | None = None) -> Float[Array, "*B O"]:
     """Multiplies x by weight^T, accumulating in float32, and returns `out` (default: x's dtype)."""
-    y = jnp.einsum("...i,oi->...o", x, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(out or x.dtype)
+    rows = x.reshape(-1, x.shape[-1])  # of a product of more than two dimensions XLA on a CPU copies the weight
+    y = jnp.einsum("ni,oi->no", rows, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(out or x.dtype).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -103,6 +104,14 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def embedded(table: Float[Array, "V D"], tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Gives each token's row."""
+    # XLA on a CPU gathers from bfloat16 as from float32. Were the table alone invariant, a loop of decoding steps would
+    # hold, and make anew each time it is entered, a float32 copy of it all.
+    table, tokens = jax.lax.optimization_barrier((table, tokens))
+    return table[tokens]
+
+
 class Embedding(nnx.Module):
     def __init__(self, config: QwenConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * config.initializer_range
@@ -123,7 +132,7 @@ class Qwen(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, remat: bool = False
     ) -> Float[Array, "B T D"]:
         """Computes the hidden states after the final norm; remat: layers keep their inputs only, for training."""
-        x = self.embed_tokens.weight[...][tokens]
+        x = embedded(self.embed_tokens.weight[...], tokens)
         rotary = rotary_tables(self.config, positions)
         for index, layer in enumerate(self.layers):
             step = partial(layer, rotary=rotary, attend=partial(attend, index))

@@ -69,8 +69,16 @@ def prefill_block(config: QwenConfig, groups: int, length: int) -> int:
 
 
 def prefill_bytes(config: QwenConfig, groups: int, block: int) -> int:
-    """Counts four float32 copies of a block's inner MLP state, or of its scores against a block of keys."""
-    return 16 * groups * block * max(config.intermediate_size, config.num_heads * block)
+    """Counts three float32 copies of a block's inner MLP state, and of its scores against a block of keys."""
+    return 12 * groups * block * (config.intermediate_size + config.num_heads * block)
+
+
+def decode_bytes(config: QwenConfig, slots: int, length: int) -> int:
+    """Counts six float32 copies of a step's logits or, larger over a long trunk, three of one layer's scores.
+
+    Compiled programs hold these on a CPU; the logits are that many for the sake of top-k and top-p.
+    """
+    return 4 * slots * max(6 * config.vocab_size, 3 * config.num_heads * length)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -135,6 +143,7 @@ def decode_block(
     model = nnx.merge(graph, state)
     head = model.head()
     seed, temperature, top_p, top_k, stop_ids = settings
+    as_it_is = (temperature == 1) & (top_p >= 1) & (top_k <= 0)  # draws from the student itself: one log-prob is both
     shape = (PAGE, *slots.request.shape)
     whole, real = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
     log = Log(whole - 1, whole, whole, real, real, whole - 1)
@@ -150,7 +159,8 @@ def decode_block(
         request = jnp.maximum(slots.request, 0)
         identity, limit = (jnp.take_along_axis(x, request, 1) for x in (queue.id, queue.limit))
         token, sampled = draw_scored(request_keys(seed, identity.reshape(-1), slots.step.reshape(-1)), warped)
-        token, raw, sampled = (x.reshape(slots.token.shape) for x in (token, log_prob(logits, token), sampled))
+        raw = lax.cond(as_it_is, lambda: sampled, lambda: log_prob(logits, token))
+        token, raw, sampled = (x.reshape(slots.token.shape) for x in (token, raw, sampled))
         stopped = (token[..., None] == stop_ids[None, None]).any(-1)
         reason = jnp.where(stopped, STOP, jnp.where(slots.step + 1 >= limit, LENGTH, -1))
         reason = jnp.where(slots.request >= 0, reason, -1)

@@ -41,20 +41,23 @@ def warp(
     tokens whose renormalised mass reaches p, with ties of its last token. Temperature 0 keeps the argmax alone.
     """
     greedy = temperature == 0
-    scaled = logits / jnp.where(greedy, 1.0, temperature)
+    inverse = 1 / jnp.where(greedy, 1.0, temperature)  # XLA on a CPU stores quotients, and products it makes anew
 
     def everything(z: Array) -> tuple[Array, Array]:
         return jnp.full(z.shape[0], -jnp.inf), jnp.full(z.shape[0], -1, jnp.int32)
 
     def truncated(z: Array) -> tuple[Array, Array]:
+        z = z * inverse
         least = jnp.where(top_k > 0, _top_k_threshold(z, top_k), -jnp.inf)
         kept = jnp.where(z >= least[:, None], z, -jnp.inf)
         least = jnp.where(top_p < 1, jnp.maximum(least, _top_p_threshold(kept, top_p)), least)
         return least, jnp.where(greedy, jnp.argmax(z, -1).astype(jnp.int32), -1)
 
-    # What a branch hands back is a number a row: plain sampling pays neither the searches nor a copy of the logits.
+    # A branch takes the logits as they are and hands back a number a row: plain sampling pays neither the searches nor
+    # a copy of the logits.
     plain = (top_k <= 0) & (top_p >= 1) & ~greedy
-    least, only = lax.cond(plain, everything, truncated, scaled)
+    least, only = lax.cond(plain, everything, truncated, logits)
+    scaled = logits * inverse
     token = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     kept = (scaled >= least[:, None]) & ((only[:, None] < 0) | (token == only[:, None]))
     return jnp.where(kept, scaled, -jnp.inf)

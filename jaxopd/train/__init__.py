@@ -1,0 +1,1 @@
+"""Training by on-policy distillation: objectives, metrics, the loop and its recipes."""

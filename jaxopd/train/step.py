@@ -1,0 +1,234 @@
+"""The computations of a training step, pure and jitted over the mesh: score rollouts, add up gradients, update.
+
+Rows of a micro-batch are spread over the devices; inside, every device sees whole parameters and its own rows, so the
+vocabulary losses run as on one device and only gradients travel. Master parameters and optimizer state lie spread over
+the devices (float32); what the forward pass computes in is `dtype`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxopd_kernels import head_statistics, pair_statistics, weighted_divergence_loss
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxopd.gradients import Position
+from jaxopd.models import Qwen, forward
+from jaxopd.train.batch import Sequences
+from jaxopd.train.objectives import Objective, ObjectiveConfig, position_loss, update_loss
+from jaxopd.train.vocabulary import token_log_probs, top_tokens
+
+Frozen = tuple[nnx.GraphDef, nnx.State]  # a model that is not trained
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Targets:
+    """What a micro-batch's positions are trained on; weights hold the reduction, so losses are sums.
+
+    ids, support, log_q, log_p_old, advantage  [b, S, K] of the distillation objective's tokens
+    weights          [b, S]
+    sampled_old, outcome, outcome_weights  [b, S] of the outcome reward at the sampled token
+    """
+
+    ids: Int[Array, "b S K"]
+    support: Bool[Array, "b S K"]
+    log_q: Float[Array, "b S K"]
+    log_p_old: Float[Array, "b S K"]
+    advantage: Float[Array, "b S K"]
+    weights: Float[Array, "b S"]
+    sampled_old: Float[Array, "b S"]
+    outcome: Float[Array, "b S"]
+    outcome_weights: Float[Array, "b S"]
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Place arrays over the mesh: split along the largest axis that the devices divide, else a copy on each."""
+
+    def place(x: Array) -> Array:
+        axes = [i for i in range(x.ndim) if x.shape[i] % mesh.size == 0 and mesh.size > 1]
+        spec = [None] * x.ndim
+        if axes:
+            spec[max(axes, key=lambda i: x.shape[i])] = "data"
+        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    return jax.tree.map(place, tree)
+
+
+def response_states(model: Qwen, sequences: Sequences, length: int, remat: bool = False) -> Float[Array, "b S D"]:
+    """Compute the hidden states that predict the `length` tokens of each response."""
+    hidden = forward(model, sequences.tokens, sequences.mask, remat=remat)
+    at = sequences.start[:, None] - 1 + jnp.arange(length)[None]
+    return jnp.take_along_axis(hidden, at[..., None], 1)
+
+
+def _flat(x: Float[Array, "b S D"]) -> Float[Array, "bS D"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _cast(params: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+@partial(jax.jit, static_argnames=("graph", "teacher_graph", "mesh", "k", "dtype"))
+def score(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    teacher_graph: nnx.GraphDef,
+    teacher_params: nnx.State,
+    student: Sequences,
+    teacher: Sequences,
+    responses: Int[Array, "b S"],
+    *,
+    mesh: Mesh,
+    k: int,
+    dtype: str,
+) -> dict[str, Array]:
+    """Describe student and teacher at every position: the arrays of `metrics.Scored`, and teacher_states."""
+
+    def rows(params: nnx.State, teacher_params: nnx.State, student: Sequences, teacher: Sequences, responses: Array):
+        b, S = responses.shape
+        p_model, q_model = nnx.merge(graph, _cast(params, dtype)), nnx.merge(teacher_graph, teacher_params)
+        hidden_t = response_states(q_model, teacher, S)
+        hidden = _flat(response_states(p_model, student, S)), _flat(hidden_t)
+        V = min(p_model.head().shape[0], q_model.head().shape[0])
+        heads = p_model.head()[:V], q_model.head()[:V]
+        tops = [top_tokens(h, head, min(k, V)) for h, head in zip(hidden, heads)]
+        ids = jnp.concatenate([*tops, responses.reshape(-1, 1)], -1)
+        pair = pair_statistics(hidden[0], heads[0], hidden[1], heads[1], ids, second_pass=False)
+        found = {
+            "student_ids": tops[0],
+            "teacher_ids": tops[1],
+            "log_p": pair.log_p[:, :-1],
+            "log_q": pair.log_q[:, :-1],
+            "sampled_log_p": pair.log_p[:, -1],
+            "sampled_log_q": pair.log_q[:, -1],
+            "entropy_student": pair.entropy_student,
+            "entropy_teacher": pair.entropy_teacher,
+            "reverse_kl": pair.reverse_kl,
+        }
+        return {name: x.reshape(b, S, *x.shape[1:]) for name, x in found.items()} | {"teacher_states": hidden_t}
+
+    specs = P(), P(), P("data"), P("data"), P("data")
+    over = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+    return over(params, teacher_params, student, teacher, jnp.maximum(responses, 0))
+
+
+@partial(jax.jit, static_argnames=("graph", "mesh"))
+def log_probs_at(
+    graph: nnx.GraphDef, params: nnx.State, sequences: Sequences, ids: Int[Array, "b S K"], *, mesh: Mesh
+) -> Float[Array, "b S K"]:
+    """Compute a model's log-probs of given tokens at the positions of its responses."""
+
+    def rows(params: nnx.State, sequences: Sequences, ids: Array) -> Array:
+        model = nnx.merge(graph, params)
+        hidden = _flat(response_states(model, sequences, ids.shape[1]))
+        return head_statistics(hidden, model.head(), ids=_flat(ids)).log_p.reshape(ids.shape)
+
+    return jax.shard_map(rows, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"), check_vma=False)(
+        params, sequences, ids
+    )
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the loss is made of; hashable, so that one compilation serves a run."""
+
+    objective: Objective
+    config: ObjectiveConfig
+    outcome: bool
+    dtype: str
+    remat: bool
+
+
+def micro_loss(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    settings: LossSettings,
+    student: Sequences,
+    targets: Targets,
+    responses: Int[Array, "b S"],
+    teacher_states: Float[Array, "b S Dt"],
+    teacher_head: Float[Array, "V Dt"],
+) -> Float[Array, ""]:
+    """Compute the weighted sum of losses of a micro-batch, differentiable in params."""
+    model = nnx.merge(graph, _cast(params, settings.dtype))
+    hidden = _flat(response_states(model, student, responses.shape[1], settings.remat))
+    objective, total = settings.objective, jnp.zeros(())
+    if objective.reach == "full":
+        kind, beta = objective.kernel
+        pair = hidden, model.head(), _flat(teacher_states), teacher_head
+        total = weighted_divergence_loss(*pair, targets.weights.reshape(-1), kind, beta=beta)[0]
+        ids = jnp.maximum(responses, 0)[..., None]
+    else:
+        ids = targets.ids
+        if settings.outcome:
+            ids = jnp.concatenate([ids, jnp.maximum(responses, 0)[..., None]], -1)
+    if objective.reach == "full" and not settings.outcome:
+        return total
+    V = model.head().shape[0] if not objective.from_teacher else min(model.head().shape[0], teacher_head.shape[0])
+    log_p = token_log_probs(hidden, model.head()[:V], _flat(ids)).reshape(ids.shape)
+    if objective.reach != "full":
+        total = _weighted(_distillation(settings, log_p[..., : targets.ids.shape[-1]], targets), targets.weights)
+    if settings.outcome:
+        each = _update(settings.config, log_p[..., -1:], targets.sampled_old[..., None], targets.outcome[..., None])
+        total = total + _weighted(each, targets.outcome_weights)
+    return total
+
+
+def _weighted(loss: Float[Array, "b S"], weights: Float[Array, "b S"]) -> Float[Array, ""]:
+    """Sum the losses that count: what fills a micro-batch up may have none that is finite."""
+    return jnp.sum(jnp.where(weights != 0, loss, 0.0) * weights)
+
+
+def _distillation(settings: LossSettings, log_p: Float[Array, "b S K"], targets: Targets) -> Float[Array, "b S"]:
+    if settings.objective.loss is None:
+        return _update(settings.config, log_p, targets.log_p_old, targets.advantage)
+    counts = {"counts": jnp.ones_like(log_p), "n_samples": jnp.ones_like(log_p[..., 0])}
+    position = Position.create(log_p, targets.log_q, support=targets.support, **counts)
+    return jax.vmap(jax.vmap(partial(position_loss, settings.objective)))(position)
+
+
+def _update(config: ObjectiveConfig, log_p: Array, log_p_old: Array, advantage: Array) -> Float[Array, "b S"]:
+    return jax.vmap(jax.vmap(partial(update_loss, config)))(log_p, log_p_old, advantage)
+
+
+@partial(jax.jit, static_argnames=("graph", "settings", "mesh"), donate_argnames=("so_far",))
+def add_gradients(
+    graph: nnx.GraphDef,
+    settings: LossSettings,
+    so_far: tuple[Array, nnx.State],
+    params: nnx.State,
+    student: Sequences,
+    targets: Targets,
+    responses: Int[Array, "b S"],
+    teacher_states: Float[Array, "b S Dt"],
+    teacher_head: Float[Array, "V Dt"],
+    *,
+    mesh: Mesh,
+) -> tuple[Array, nnx.State]:
+    """Add a micro-batch's loss and float32 gradients to those of the micro-batches before it."""
+
+    def rows(params: nnx.State, teacher_head: Array, *rest: Any) -> tuple[Array, nnx.State]:
+        found = jax.value_and_grad(lambda p: micro_loss(graph, p, settings, *rest, teacher_head))(params)
+        return jax.lax.psum(found, "data")
+
+    specs = P(), P(), P("data"), P("data"), P("data"), P("data")
+    over = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    return jax.tree.map(jnp.add, so_far, over(params, teacher_head, student, targets, responses, teacher_states))
+
+
+@partial(jax.jit, static_argnames=("transform",), donate_argnames=("params", "opt_state"))
+def apply_gradients(
+    transform: optax.GradientTransformation, params: nnx.State, opt_state: Any, gradients: nnx.State
+) -> tuple[nnx.State, Any, dict[str, Array]]:
+    """Update the parameters; gives the norms of gradient and update before clipping and after."""
+    updates, opt_state = transform.update(gradients, opt_state, params)
+    norms = {"train/gradient_norm": optax.tree.norm(gradients), "train/update_norm": optax.tree.norm(updates)}
+    return optax.apply_updates(params, updates), opt_state, norms

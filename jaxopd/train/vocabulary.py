@@ -1,0 +1,49 @@
+"""Log-probabilities of a few tokens a row, differentiable, without logits of all rows at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxopd_kernels import MAX_TOP_K, head_statistics
+from jaxtyping import Array, Float, Int
+
+from jaxopd.models import linear
+
+WAVE_BYTES = 1 << 28  # of float32 logits at a time
+
+
+def token_log_probs(
+    hidden: Float[Array, "R D"], head: Float[Array, "V D"], ids: Int[Array, "R K"]
+) -> Float[Array, "R K"]:
+    """Compute log P at ids, P = softmax(hidden head^T), differentiable in hidden and head.
+
+    Rows go through in waves; the backward pass makes each wave's logits again.
+    """
+
+    def wave(hidden: Array, ids: Array) -> Array:
+        logits = linear(hidden, head, jnp.dtype("float32"))
+        return jnp.take_along_axis(logits, ids, -1) - jax.nn.logsumexp(logits, -1, keepdims=True)
+
+    return _in_waves(wave, head.shape[0], hidden, ids)
+
+
+def top_tokens(hidden: Float[Array, "R D"], head: Float[Array, "V D"], k: int) -> Int[Array, "R k"]:
+    """Find the k most probable tokens of each row, best first, ties by lower id; any k up to V."""
+    if k <= MAX_TOP_K:
+        return head_statistics(hidden, head, k=k).top_ids
+
+    def wave(hidden: Array) -> Array:
+        return lax.top_k(linear(hidden, head, jnp.dtype("float32")), k)[1]
+
+    return _in_waves(wave, head.shape[0], hidden)
+
+
+def _in_waves(function: Callable[..., Array], vocabulary: int, *rows: Any) -> Array:
+    R = rows[0].shape[0]
+    size = min(R, max(1, WAVE_BYTES // (4 * vocabulary)))
+    waves = -(-R // size)
+    padded = (jnp.pad(x, ((0, waves * size - R), (0, 0))).reshape(waves, size, -1) for x in rows)
+    out = lax.map(lambda wave: jax.checkpoint(function)(*wave), tuple(padded))
+    return out.reshape(waves * size, -1)[:R]

@@ -1,0 +1,158 @@
+"""Recipes around the loop: a teacher's corpus and fine-tuning on it, outcome reward, preflight, privileged context."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jaxopd import toy
+from jaxopd.errors import InputError
+from jaxopd.models import chat_tokens, load_model, load_tokenizer
+from jaxopd.rollouts import rollout
+from jaxopd.tasks import find_task
+from jaxopd.tasks.demonstrations import Demonstration, save_demonstrations
+from jaxopd.train.config import TrainConfig
+from jaxopd.train.corpus import CorpusConfig, load_corpus, write_corpus
+from jaxopd.train.evaluate import EvalConfig, evaluate, summary
+from jaxopd.train.loop import Trainer
+from jaxopd.train.objectives import ObjectiveConfig
+from jaxopd.train.preflight import preflight
+
+pytestmark = pytest.mark.slow  # minutes in all: they train
+
+S, T2 = str(toy.MODELS / "S"), str(toy.MODELS / "T2")
+QUESTIONS = "all:4:7"
+BASE = TrainConfig(
+    student=S,
+    task="toy",
+    questions=QUESTIONS,
+    objective=ObjectiveConfig(k=8),
+    teacher=(f"T2={T2}",),
+    steps=4,
+    batch=12,
+    mini_batch=12,
+    rollouts=2,
+    micro_batch=24,
+    max_tokens=80,
+    max_prompt=64,
+    learning_rate=1e-3,
+    show_every=0,
+)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def losses(config: TrainConfig, folder) -> list[dict]:
+    trainer = Trainer(config, folder, quiet)
+    return [trainer.advance() for _ in range(config.steps)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    counts = write_corpus(CorpusConfig(T2, "toy", QUESTIONS, samples=4, max_tokens=32), path)
+    return path, counts
+
+
+def test_a_corpus_holds_whole_responses(corpus):
+    path, counts = corpus
+    assert counts["drawn"] == 48
+    assert counts["kept"] == 48 - counts["truncated"] - counts["repetitive"]
+    assert counts["truncated"] > 0, "the limit of 32 tokens cuts some responses"
+    questions = find_task("toy").load(QUESTIONS)
+    lines = load_corpus(path, questions)
+    assert len(lines) == counts["kept"]
+    stops = load_model(S).config.eos_token_ids
+    assert all(line.tokens[-1] in stops and len(line.tokens) <= 32 for line in lines)
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    graded = [find_task("toy").grade(w["response"], questions[line.question].gold) for w, line in zip(written, lines)]
+    assert np.mean([grade is True for grade in graded]) > 0.7, "T2 at temperature .7"
+
+
+def test_a_broken_corpus_is_named(tmp_path):
+    file, questions = tmp_path / "corpus.jsonl", find_task("toy").load(QUESTIONS)
+    file.write_text('{"question": "x", "tokens": [1]}\n{"question": "x"}\n')
+    with pytest.raises(InputError, match=r"line 2: found .*expected \{\"question\", \"tokens\"\}"):
+        load_corpus(file, questions)
+    file.write_text('{"question": "x", "tokens": [1]}\n')
+    with pytest.raises(InputError, match="found no response to the training questions"):
+        load_corpus(file, questions)
+
+
+def test_fine_tuning_on_a_corpus_learns_it(corpus, tmp_path):
+    config = replace(
+        BASE, teacher=(), objective=ObjectiveConfig("sft"), corpus=str(corpus[0]), schedule="cosine", steps=6
+    )
+    history = losses(config, tmp_path / "sft")
+    assert history[-1]["train/loss"] < 0.9 * history[0]["train/loss"]
+    assert history[0]["rollout/truncated"] == 0
+
+
+def test_outcome_reward_moves_on_mixed_groups_only(tmp_path):
+    config = replace(BASE, teacher=(), objective=ObjectiveConfig("grpo"), steps=1, rollouts=4, mini_batch=6)
+    trainer = Trainer(config, tmp_path / "grpo", quiet)
+    batch = trainer.collect.draw(trainer.params, 0)
+    mixed = (batch.correct == 1).reshape(-1, 4)
+    assert 0 < (mixed.any(1) & ~mixed.all(1)).sum() < len(mixed), "some groups with and some without a signal"
+    assert trainer.advance()["train/gradient_norm"] > 0
+    same = replace(batch, correct=np.ones_like(batch.correct))
+    trainer.collect.draw = lambda params, step: same
+    assert trainer.advance()["train/gradient_norm"] == 0
+
+
+def test_several_updates_a_batch_use_the_importance_ratio(tmp_path):
+    """A second pass starts where P = P_old no longer holds; clipping keeps what it changes bounded."""
+    config = replace(BASE, objective=ObjectiveConfig("topk_thunlp", k=8), steps=1, passes=3, mini_batch=6)
+    clipped = losses(config, tmp_path / "clipped")[0]
+    free = replace(config, objective=replace(config.objective, importance="none"))
+    assert clipped["train/loss"] != losses(free, tmp_path / "free")[0]["train/loss"]
+    assert np.isfinite(clipped["train/loss"])
+
+
+def test_preflight_of_a_good_pair_and_of_none():
+    good = preflight(replace(BASE, batch=12, rollouts=4))
+    assert good.figures["floor/reverse_kl"] < 1e-5
+    assert good.figures["rollout/mismatch_max"] < 1e-3
+    assert good.figures["accuracy/T2"] > good.figures["accuracy/student"]
+    assert good.go, good.reasons
+    twin = preflight(replace(BASE, teacher=(f"S={S}",), batch=12, rollouts=4, seed=1))
+    assert twin.figures["overlap/ratio"] == 1.0
+    worse = preflight(replace(BASE, student=T2, teacher=(f"S={S}",), rollouts=4))
+    assert not worse.go
+    assert any("nothing to learn" in reason for reason in worse.reasons)
+
+
+def test_a_self_teacher_reads_demonstrations(tmp_path):
+    """Shown a right solution, the student is a teacher whose reward prefers right responses."""
+    task, tokenizer = find_task("toy"), load_tokenizer(S)
+    questions, file = task.load(QUESTIONS), tmp_path / "demonstrations.jsonl"
+    drawn = rollout(load_model(T2), [chat_tokens(tokenizer, q.text) for q in questions], 4, max_tokens=80)
+    given = []
+    for index, (tokens, length) in enumerate(zip(drawn.tokens, drawn.length)):
+        question, text = questions[index // 4], tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        correct = task.grade(text, question.gold) is True
+        given.append(Demonstration(question.id, text, correct))
+    save_demonstrations(file, given)
+    config = replace(BASE, teacher=("Self-1C=self:1c",), demonstrations=str(file), rollouts=4, steps=1)
+    trainer = Trainer(config, tmp_path / "self", quiet)
+    found = trainer.advance()
+    (teacher,) = trainer.setup.teachers
+    longer = [len(shown) > len(plain) for shown, plain in zip(teacher.prompts, trainer.setup.prompts)]
+    assert all(longer)
+    assert found["reward/auroc"] > 0.6
+    with pytest.raises(InputError, match="--demonstrations: found none"):
+        Trainer(replace(config, demonstrations=None), tmp_path / "none", quiet)
+
+
+def test_evaluation_counts_what_was_graded():
+    tokenizer, config = load_tokenizer(T2), EvalConfig("toy", QUESTIONS, 4, 1.0, 1.0, 80)
+    table = evaluate(load_model(T2), tokenizer, config)
+    assert list(table["samples"]) == [4] * 12
+    found = summary(table)
+    assert found["avg"] == pytest.approx((table["correct"] / 4).mean())
+    assert found["pass@1"] == pytest.approx(found["avg"])
+    assert found["pass@4"] == pytest.approx((table["correct"] > 0).mean())
+    assert found["avg"] > 0.7
