@@ -54,6 +54,7 @@ def show_notices(console: Console) -> None:
     log.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
     log.handlers[0].addFilter(_LargerPlans())
     log.setLevel(logging.INFO)
+    log.propagate = False  # a library may have set up the root logger, which would print them again
 
 
 class _LargerPlans(logging.Filter):
