@@ -15,6 +15,8 @@ from rich.console import Console
 from jaxopd.diagnose.records import empty_nodes
 from jaxopd.verbs.compare import Compare
 
+pytestmark = pytest.mark.slow  # a minute each, most of it compiling
+
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "unmasking"
 TEACHERS = ("Self-1C=self:1c", "Self-Sum-1C=self:sum1c", "Self-1C1W=self:1c1w", "T1=some/model")
 NAMES = [teacher.partition("=")[0] for teacher in TEACHERS]

@@ -54,6 +54,7 @@ def test_long_rollouts_have_the_log_probs_of_a_forward_pass(model, trunks, reque
             np.testing.assert_allclose(answered.raw_logp[i, :n], again[row, :n], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "devices"), [(16, 8)])
 def test_pages_do_not_depend_on_slots_or_devices(model, trunks, requests, answered, slots, devices) -> None:
     again = Engine(model, slots=slots, mesh=mesh(devices)).run(trunks, requests, SAMPLING)

@@ -17,6 +17,8 @@ from jaxopd.toy import MODELS
 from jaxopd.verbs.compare import comparison_tables
 from jaxopd.verbs.screen import Screen, screening_tables
 
+pytestmark = pytest.mark.slow  # a minute each, most of it compiling
+
 CONFIG = DiagnoseConfig(
     student=str(MODELS / "S"),
     teacher=CONTEXTS,
