@@ -50,8 +50,14 @@ class RunFolder:
             known = config
         if run.read_json("env.json") is None:
             run.write_json("env.json", environment())
-        for field in sorted(set(known) | set(config)):
+        # A digest of the inputs differs wherever a setting that names them does, so it is looked at last.
+        for field in sorted(set(known) | set(config), key=lambda name: (name == "input_digest", name)):
             if known.get(field) != config.get(field):
+                if field == "input_digest":
+                    raise InputError(
+                        f"{path}: found questions, demonstrations or models that changed after this run began, "
+                        "expected the same contents; choose another folder"
+                    )
                 raise InputError(
                     f"{path}/config.json: field {field}: found {known.get(field)!r} of another run, expected "
                     f"{config.get(field)!r}; choose another folder or the same settings"

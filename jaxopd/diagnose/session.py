@@ -5,6 +5,7 @@ import functools
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ Progress = Callable[[str, int, int], None]  # stage, pieces done, pieces in all
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+SAMPLED_BYTES = 1 << 20  # of each end of a model's file: reading 60 GB to resume would take minutes
 KEPT = 256  # results of `per_question` functions a session holds
 
 
@@ -82,8 +84,14 @@ class Session:
 
     def _input_digest(self) -> str:
         """Digests what the files held, so that a run is not resumed with others under the same names."""
-        held = [self.questions, self.given, self.student.config, sorted(self.contexts.items())]
-        return hashlib.sha256(repr(held).encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256(repr((self.questions, self.given)).encode("utf-8", "surrogatepass"))
+        for folder in sorted(self.contexts):
+            for file in sorted([*Path(folder).glob("*.json"), *Path(folder).glob("*.safetensors")]):
+                with file.open("rb") as opened:
+                    digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(SAMPLED_BYTES))
+                    opened.seek(max(0, file.stat().st_size - SAMPLED_BYTES))
+                    digest.update(opened.read())
+        return digest.hexdigest()
 
     def model(self, path: str) -> Qwen:
         """Loads a model; the student stays, of the others only the last one used."""

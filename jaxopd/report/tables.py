@@ -215,7 +215,12 @@ def ranking_table(run: str | Path | pd.DataFrame) -> RichTable:
     nodes = run if isinstance(run, pd.DataFrame) else read_records(run).nodes
     table = side_by_side(nodes, shown=("global",))
     rich = RichTable(
-        title="Global cosine of the teachers (95 % interval)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+        title="Global cosine of the teachers (95 % interval)",
+        title_justify="left",
+        caption=table.note,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     for index, column in enumerate(table.cells.columns):
         rich.add_column(column.removeprefix("global, "), justify="right" if index else "left", no_wrap=index > 0)

@@ -38,6 +38,8 @@ class EvalConfig:
     """Seed of every draw."""
 
     def __post_init__(self) -> None:
+        if not self.questions:
+            raise InputError("--questions: found none, expected a file of questions")
         if self.samples < 1:
             raise InputError(f"samples: found {self.samples}, expected at least 1")
 

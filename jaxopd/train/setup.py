@@ -45,6 +45,8 @@ class Setup:
         self.stop_ids = stop_token_ids(self.tokenizer, model.config)
         self.graph, self.initial = nnx.split(model)
         self.specs = parse_teachers(config.teacher)
+        if not config.questions:
+            raise InputError("--questions: found none, expected a file of questions")
         self.questions = self._with_demonstrations(self._questions(config.questions))
         self.prompts = [self.prompt(q.text) for q in self.questions]
         self._check_lengths(self.prompts, config.student, model.config.max_positions)

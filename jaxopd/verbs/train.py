@@ -8,6 +8,7 @@ import pandas as pd
 import tyro
 from rich.console import Console
 
+from jaxopd.errors import InputError
 from jaxopd.models import load_model, load_tokenizer
 from jaxopd.train.config import GateConfig, TrainConfig
 from jaxopd.train.corpus import CorpusConfig, write_corpus
@@ -104,6 +105,8 @@ class Evaluate(EvalConfig):
 
     def run(self, console: Console) -> None:
         config = EvalConfig(**_fields(self, EvalConfig))
+        if not self.model:
+            raise InputError("--model: found none, expected at least one model to evaluate")
         rows = []
         for index, path in enumerate(self.model):
             table = evaluate(load_model(path, dtype=self.dtype), load_tokenizer(path), config)
