@@ -3,18 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from jaxopd.models import QwenConfig, init_model
+from jaxopd.models.sharding import data_mesh
 from jaxopd.rollouts import Engine, Requests, Sampling, decode, wave
 from jaxopd.rollouts.suffix import PAGE, RING
 
 CONFIG = QwenConfig(97, 48, 96, 2, 4, 2, 16, max_positions=512, initializer_range=0.15)
 SAMPLING = Sampling(40, seed=3)
-
-
-def mesh(devices: int = 1) -> jax.sharding.Mesh:
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +31,7 @@ def requests(trunks):
 
 @pytest.fixture(scope="module")
 def answered(model, trunks, requests):
-    return Engine(model, slots=16, mesh=mesh()).run(trunks, requests, SAMPLING)
+    return Engine(model, slots=16, mesh=data_mesh(1)).run(trunks, requests, SAMPLING)
 
 
 def nbytes(tree) -> int:
@@ -51,7 +47,7 @@ def test_the_plan_counts_what_is_held(model, trunks, requests, monkeypatch) -> N
         return original(graph, state, trunk_cache, pages, queue, ring, *rest)
 
     monkeypatch.setattr(wave, "decode_block", watching)
-    engine = Engine(model, slots=16, mesh=mesh())
+    engine = Engine(model, slots=16, mesh=data_mesh(1))
     plan = engine.plan(trunks, requests, SAMPLING)
     engine.run(trunks, requests, SAMPLING)
     assert plan.weights == held[0][0]
@@ -62,7 +58,7 @@ def test_the_plan_counts_what_is_held(model, trunks, requests, monkeypatch) -> N
 
 def test_slots_follow_the_budget(model, trunks, requests) -> None:
     plans = [
-        Engine(model, slots=16, mesh=mesh(), budget=budget).plan(trunks, requests, SAMPLING)
+        Engine(model, slots=16, mesh=data_mesh(1), budget=budget).plan(trunks, requests, SAMPLING)
         for budget in (1 << 34, 1 << 20, 1 << 10)
     ]
     assert [plan.slots for plan in plans] == [16, 4, 1]
@@ -80,7 +76,7 @@ def test_out_of_memory_is_answered_with_fewer_slots(model, trunks, requests, ans
         return original(*arguments)
 
     monkeypatch.setattr(wave, "decode_block", short_of_memory)
-    again = Engine(model, slots=16, mesh=mesh()).run(trunks, requests, SAMPLING)
+    again = Engine(model, slots=16, mesh=data_mesh(1)).run(trunks, requests, SAMPLING)
     assert set(seen) == {16, 8, 4}
     np.testing.assert_array_equal(again.tokens, answered.tokens)
     np.testing.assert_allclose(again.raw_logp, answered.raw_logp, atol=1e-5, rtol=0)
@@ -93,11 +89,11 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(model, trunks, requests
 
     monkeypatch.setattr(wave, "decode_block", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        Engine(model, slots=16, mesh=mesh()).run(trunks, requests, SAMPLING)
+        Engine(model, slots=16, mesh=data_mesh(1)).run(trunks, requests, SAMPLING)
 
 
 def test_prefill_in_blocks_is_prefill_at_once(model, trunks, monkeypatch) -> None:
-    engine = Engine(model, mesh=mesh())
+    engine = Engine(model, mesh=data_mesh(1))
     tokens = np.stack([np.resize(trunk, 96) for trunk in trunks])
     whole = decode.prefill(engine.graph, engine.state, tokens)
     decode.prefill.clear_cache()
@@ -126,7 +122,7 @@ def compiled():
 
 def test_the_compile_budget(model, trunks, compiled) -> None:
     """Short rollouts: one program for all trunks of a bucket. Long ones: one more for each doubling of the pages."""
-    engine = Engine(model, slots=8, mesh=mesh())
+    engine = Engine(model, slots=8, mesh=data_mesh(1))
     for trunk, n, seed in ((trunks[0], 20, 0), (trunks[0][:83], 9, 1), (trunks[0][:81], 31, 2)):
         engine.run([trunk], Requests.continuations([trunk], n), Sampling(RING, seed=seed))
     assert sum("decode_block" in name for name in compiled) == 1

@@ -82,6 +82,13 @@ def test_a_broken_corpus_is_named(tmp_path):
         load_corpus(file, questions)
 
 
+def test_a_response_may_hold_what_only_python_takes_for_a_line_end(tmp_path):
+    file, questions = tmp_path / "corpus.jsonl", find_task("toy").load(QUESTIONS)
+    line = {"question": questions[0].id, "response": "a\u2028b\u0085c", "tokens": [1, 2]}
+    file.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [line.tokens for line in load_corpus(file, questions)] == [(1, 2)]
+
+
 def test_fine_tuning_on_a_corpus_learns_it(corpus, tmp_path):
     config = replace(
         BASE, teacher=(), objective=ObjectiveConfig("sft"), corpus=str(corpus[0]), schedule="cosine", steps=6

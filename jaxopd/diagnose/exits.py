@@ -4,24 +4,27 @@ Rounds of Neyman's allocation (tree/allocation.py) until every teacher's cosine 
 the tokens are spent. Nothing is launched on a path: the values of its nodes follow from their exits.
 """
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from jaxopd.diagnose.launches import launch, rollout_counts
+from jaxopd.diagnose.launches import joined, launch, rollout_counts
 from jaxopd.diagnose.nodes import path_tree, student_hidden, teacher_scores
 from jaxopd.diagnose.session import Session
 from jaxopd.tree import Counts, PathTree, Targets
 from jaxopd.tree.allocation import ExitProblem, global_cosines, neyman
+from jaxopd.tree.success import Z95
 
 ROUNDS = 4  # of the allocation, each from what the ones before found
 SURE_AFTER = 2  # rounds before a standard error is believed
+NO_LAUNCHES = {
+    "tokens": np.zeros((0, 1), np.int32),
+    "grade": np.zeros(0, np.int8),
+    "launch": np.zeros(0, np.int64),
+}
 NODES_AT_ONCE = 64  # rows of logits when the rest of a node's tokens is drawn from
-Z95 = 1.959963984540054
 
 
 def enrich_exits(session: Session, chosen: list[int]) -> None:
@@ -38,13 +41,13 @@ def enrich_exits(session: Session, chosen: list[int]) -> None:
             if turn >= SURE_AFTER and np.sqrt(np.diag(covariance).max()) < config.target_se:
                 break
             stage = f"enrichment-{turn}"
-            rng = np.random.default_rng(zlib.crc32(f"{config.seed}/{stage}/{session.questions[index].id}".encode()))
+            rng = np.random.default_rng(session.seed(stage, index))
             number = neyman(problem, counts, length, config.exit_tokens / ROUNDS, rng)
             targets = _targets(session, index, tree, number, rng)
             if not len(targets.number):
                 break
             parts.append(launch(session, index, tree, targets, stage))
-        session.run.save(piece, _joined(parts[1:]))
+        session.run.save(piece, joined(parts[1:]) if parts[1:] else NO_LAUNCHES)
 
 
 def exit_problem(session: Session, index: int) -> ExitProblem:
@@ -106,13 +109,3 @@ def _draw_outside(
     columns = jnp.where(candidates >= 0, candidates, logits.shape[1])  # out of range, hence dropped
     outside = logits.at[jnp.arange(len(logits))[:, None], columns].set(-jnp.inf, mode="drop")
     return jax.random.categorical(key, outside, mode="high")
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Puts rounds of launches after each other; without any, arrays of no rows."""
-    if not parts:
-        return {"tokens": np.zeros((0, 1), np.int32), "grade": np.zeros(0, np.int8), "launch": np.zeros(0, np.int64)}
-    width = max(part["tokens"].shape[1] for part in parts)
-    tokens = [np.pad(p["tokens"], ((0, 0), (0, width - p["tokens"].shape[1])), constant_values=-1) for p in parts]
-    rest = {name: np.concatenate([part[name] for part in parts]) for name in ("grade", "launch")}
-    return {"tokens": np.concatenate(tokens)} | rest

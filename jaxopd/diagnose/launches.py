@@ -35,8 +35,7 @@ def roll_out(session: Session) -> None:
             correct = np.concatenate([part["grade"] for part in parts]) == 1
             if min(correct.sum(), (~correct).sum()) >= config.paths:
                 break
-        width = max(part["tokens"].shape[1] for part in parts)
-        session.run.save(piece, {name: np.concatenate([_wide(p[name], width) for p in parts]) for name in parts[0]})
+        session.run.save(piece, joined(parts))
 
 
 def _initial(session: Session, index: int, low: int, n: int) -> dict[str, np.ndarray]:
@@ -47,6 +46,12 @@ def _initial(session: Session, index: int, low: int, n: int) -> dict[str, np.nda
     rolled = session.engine(session.config.student).run([prompt], requests, session.sampling("rollouts", index))
     arrays = {name: getattr(rolled, name) for name in ("tokens", "raw_logp", "sampling_logp", "finish")}
     return arrays | {"grade": session.grades(rolled.tokens, session.questions[index].gold)}
+
+
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Puts batches of rollouts after each other."""
+    width = max(part["tokens"].shape[1] for part in parts)
+    return {name: np.concatenate([_wide(part[name], width) for part in parts]) for name in parts[0]}
 
 
 def _wide(array: np.ndarray, width: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.errors import InputError
 from jaxopd.models import Qwen, chat_tokens, check_model, check_vocabulary, load_model, load_tokenizer, stop_token_ids
 from jaxopd.rollouts import Engine, Sampling
+from jaxopd.rollouts.sampling import seed_of
 from jaxopd.runs import RunFolder
 from jaxopd.tasks import find_task
 from jaxopd.tasks.contexts import parse_teachers
@@ -136,9 +136,11 @@ class Session:
             graded[row] = -1 if answers[text] is None else int(answers[text])
         return graded
 
+    def seed(self, stage: str, index: int) -> int:
+        return seed_of(self.config.seed, stage, self.questions[index].id)
+
     def sampling(self, stage: str, index: int, **options: Any) -> Sampling:
-        seed = zlib.crc32(f"{self.config.seed}/{stage}/{self.questions[index].id}".encode())
-        return Sampling(self.config.max_tokens, stop_ids=self.stop_ids, seed=seed, **options)
+        return Sampling(self.config.max_tokens, stop_ids=self.stop_ids, seed=self.seed(stage, index), **options)
 
     def pieces(self, stage: str, indices: Iterable[int] | None = None) -> Iterator[tuple[int, str]]:
         """Yields the questions of a stage that are not done yet, with their pieces' names."""

@@ -4,8 +4,7 @@ import jax
 from jax.sharding import AxisType
 
 
-def data_mesh() -> jax.sharding.Mesh:
-    """Makes a one-axis mesh, "data", over all local devices."""
-    return jax.make_mesh(
-        (jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices()
-    )
+def data_mesh(devices: int | None = None) -> jax.sharding.Mesh:
+    """Makes a one-axis mesh, "data", over the first `devices` local devices; None: over all of them."""
+    local = jax.local_devices()[:devices]
+    return jax.make_mesh((len(local),), ("data",), axis_types=(AxisType.Auto,), devices=local)

@@ -1,5 +1,6 @@
 """Draws tokens: temperature, top-k, top-p, greedy; every setting is a traced scalar, so none recompiles."""
 
+import zlib
 from dataclasses import dataclass
 
 import jax
@@ -8,6 +9,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from jaxopd.errors import InputError
+
+
+def seed_of(*names: object) -> int:
+    """Makes a 32-bit seed of names: a draw depends on what it is for, never on what was drawn before."""
+    return zlib.crc32("/".join(map(str, names)).encode())
 
 
 @dataclass(frozen=True)

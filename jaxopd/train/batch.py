@@ -1,6 +1,5 @@
 """A step's rollouts as arrays: who answered what, how the rows are grouped into updates and micro-batches."""
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -102,8 +101,3 @@ def question_order(questions: int, first: int, count: int, seed: int) -> Int[np.
     stream = np.arange(first, first + count)
     epochs = {epoch: np.random.default_rng([seed, epoch]).permutation(questions) for epoch in set(stream // questions)}
     return np.array([epochs[n // questions][n % questions] for n in stream])
-
-
-def seed_of(*names: object) -> int:
-    """Make a 32-bit seed of names: a draw depends on what it is for, never on what was drawn before."""
-    return zlib.crc32("/".join(map(str, names)).encode())

@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxopd.rollouts import LENGTH, Engine, Requests, Sampling
-from jaxopd.train.batch import Batch, Sequences, padded, question_order, seed_of
+from jaxopd.rollouts.sampling import seed_of
+from jaxopd.train.batch import Batch, Sequences, padded, question_order
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.corpus import load_corpus
 from jaxopd.train.metrics import Scored

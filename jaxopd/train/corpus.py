@@ -9,6 +9,7 @@ from jaxopd.errors import InputError
 from jaxopd.models import chat_tokens, check_vocabulary, load_model, load_tokenizer, stop_token_ids
 from jaxopd.rollouts import LENGTH, Engine, Requests, Sampling
 from jaxopd.tasks import find_task
+from jaxopd.tasks.records import check_file, decode
 from jaxopd.train.health import REPEATED, repetition
 from jaxopd.types import Question
 
@@ -91,11 +92,9 @@ def load_corpus(path: str | Path, questions: Sequence[Question]) -> list[Line]:
     """
     number = {question.id: index for index, question in enumerate(questions)}
     found = []
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise InputError(f"{path}: found no readable file ({error.strerror}), expected a corpus in JSONL") from None
-    for index, line in enumerate(text.splitlines(), 1):
+    # not splitlines(): a response may hold U+2028, which only str.splitlines takes for a line end
+    lines = decode(check_file(Path(path), "a corpus in JSONL")).split("\n")
+    for index, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         try:
             row = json.loads(line)
             question, tokens = row["question"], tuple(int(token) for token in row["tokens"])

@@ -38,8 +38,6 @@ class EvalConfig:
     """Seed of every draw."""
 
     def __post_init__(self) -> None:
-        if not self.questions:
-            raise InputError("--questions: found none, expected a file of questions")
         if self.samples < 1:
             raise InputError(f"samples: found {self.samples}, expected at least 1")
 
@@ -49,6 +47,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Sample and grade: one row a question with samples, correct, answered, truncated and mean length."""
     task = find_task(config.task)
+    if questions is None and not config.questions:
+        raise InputError("--questions: found none, expected a file of questions")
     questions = task.load(config.questions) if questions is None else list(questions)
     if not questions:
         raise InputError(f"{config.questions}: found no question, expected at least one")

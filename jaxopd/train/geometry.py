@@ -21,7 +21,8 @@ from flax import nnx
 from jaxopd_kernels import pair_statistics, weighted_divergence_loss
 from jaxtyping import Array, Float
 
-from jaxopd.train.batch import Batch, seed_of
+from jaxopd.rollouts.sampling import seed_of
+from jaxopd.train.batch import Batch
 from jaxopd.train.collect import Collector, Micro
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.gates import AlignmentTable, gate_weights

@@ -13,8 +13,8 @@ from flax import nnx
 
 from jaxopd.models import chat_tokens, load_tokenizer
 from jaxopd.rollouts import Engine, Requests, Sampling
+from jaxopd.rollouts.sampling import seed_of
 from jaxopd.train import metrics as measured
-from jaxopd.train.batch import seed_of
 from jaxopd.train.collect import Collector
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.health import rollout_metrics
