@@ -14,6 +14,7 @@ from jaxopd.verbs.compare import Compare
 from jaxopd.verbs.console import keep_compiled, show_notices
 from jaxopd.verbs.demo import Demo, Truth
 from jaxopd.verbs.diagnose import Diagnose, MakeReport
+from jaxopd.verbs.lab import Lab
 from jaxopd.verbs.screen import Screen
 from jaxopd.verbs.toy import Toy
 from jaxopd.verbs.train import Corpus, Evaluate, Preflight, Train
@@ -27,6 +28,7 @@ Verb = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Screen, tyro.conf.subcommand("screen")]
     | Annotated[Truth, tyro.conf.subcommand("truth")]
+    | Annotated[Lab, tyro.conf.subcommand("lab")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Preflight, tyro.conf.subcommand("preflight")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]

@@ -16,38 +16,19 @@ from jaxtyping import Bool, Float, Int
 
 from jaxopd.alignment import STATISTICS, node_alignment, summarize
 from jaxopd.diagnose.config import DiagnoseConfig
-from jaxopd.diagnose.demonstrations import teacher_prompt
-from jaxopd.diagnose.launches import response_parts
-from jaxopd.diagnose.nodes import included, representative_paths, teacher_model
+from jaxopd.diagnose.nodes import included
 from jaxopd.diagnose.session import Progress, Session
 from jaxopd.errors import InputError
-from jaxopd.gradients import Position, logit_gradient, reverse_kl
+from jaxopd.gradients import Position, reverse_kl
+from jaxopd.lab.allocations import disagreements, initial, launched
+from jaxopd.lab.problems import Problem, recorded_problem
 from jaxopd.models import logits
-from jaxopd.responses import response_hidden, response_log_probs, token_log_probs
-from jaxopd.tree import ESTIMATORS, PathTree, Walks, build_tree, count, paper_targets, success_estimates, support, walk
-from jaxopd.tree.oracle import FiniteMDP, raw_value
+from jaxopd.tree import ESTIMATORS, PathTree, success_estimates, support
+from jaxopd.tree.oracle import raw_value
 from jaxopd.types import bucket
 
 RAW_BATCH = 64  # prefixes a forward pass of the raw policy's enumeration
 CLOSE = 0.02  # teachers whose true aggregates differ by less are not asked to be ranked
-
-
-@dataclass(frozen=True)
-class Exact:
-    """A question as a finite decision process, seen from its paths."""
-
-    question: str
-    process: FiniteMDP
-    tree: PathTree
-    after: Int[np.ndarray, "N K"]  # the process's node after each candidate, -1 for none
-    p: Float[np.ndarray, "N K"]
-    log_q: dict[str, Float[np.ndarray, "N K"]]
-    walks: Walks  # of the process's sequences
-
-    @property
-    def success(self) -> Float[np.ndarray, "N K"]:
-        """The exact success probability after each candidate."""
-        return np.where(self.after >= 0, self.process.value[self.after], np.nan)
 
 
 @dataclass(frozen=True)
@@ -65,34 +46,6 @@ class TruthTables:
     rollouts: float  # targeted rollouts a question and replicate
 
 
-def exact_question(session: Session, index: int) -> Exact:
-    """Builds the finite decision process of a question of a finished run."""
-    parts = response_parts(session, index)
-    width = max(tokens.shape[1] for tokens, _ in parts)
-    tokens = np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=-1) for t, _ in parts])
-    grade = np.concatenate([grade for _, grade in parts])
-    tokens, first = np.unique(tokens, axis=0, return_index=True)
-    logp = response_log_probs(session.student, session.prompts[index], tokens)
-    process = FiniteMDP.from_rollouts(tokens, logp, grade[first] == 1)
-    plain = representative_paths(session, index).tree
-    assert plain is not None
-    paths, outcomes = [plain.tokens[a, :n] for a, n in enumerate(plain.length)], list(plain.correct)
-    at, _ = process.along(plain)
-    candidates = np.full((len(at), int(process.children[at].max())), -1, np.int64)
-    for n, node in enumerate(at):
-        low, many = process.first_child[node], process.children[node]
-        candidates[n, :many] = process.token[low : low + many]
-    tree = build_tree(paths, outcomes, candidates)
-    _, after = process.along(tree)
-    log_q = {}
-    for name, spec in session.teachers.items():
-        teacher = teacher_model(session, spec)
-        hidden = response_hidden(teacher, teacher_prompt(session, spec, index), tree.tokens)
-        log_q[name] = token_log_probs(teacher, hidden[tree.owner, tree.depth], tree.candidates)
-    p = np.where(after >= 0, process.p[after], 0.0)
-    return Exact(session.questions[index].id, process, tree, after, p, log_q, walk(tree, tokens))
-
-
 @dataclass(frozen=True)
 class Replicates:
     """R replicates of the procedure on one question: support S_u and, per estimator, P_succ with its interval."""
@@ -105,32 +58,20 @@ class Replicates:
     launched: float
 
 
-def replicate(exact: Exact, config: DiagnoseConfig, replicates: int, rng: np.random.Generator) -> Replicates:
+def replicate(problem: Problem, config: DiagnoseConfig, replicates: int, rng: np.random.Generator) -> Replicates:
     """Replays initial rollouts, targeting, enrichment and estimation `replicates` times."""
-    tree, process, truth = exact.tree, exact.process, exact.success
-    with np.errstate(divide="ignore"):
-        log_p = np.log(exact.p)
-    teachers = {}
-    for name, log_q in exact.log_q.items():
-        ratio = np.where(exact.p > 0, log_q - np.log(np.maximum(exact.p, 1e-30)), 0.0)
-        teachers[name] = np.exp(log_q), np.asarray(logit_gradient(log_p, ratio))
-    supports, above, measured, launched = [], [], [], 0
+    tree, truth = problem.tree, problem.success
+    supports, above, measured, many = [], [], [], 0
     values: dict[str, list] = {name: [] for name in ESTIMATORS}
     covered: dict[str, list] = {name: [] for name in ESTIMATORS}
     for _ in range(replicates):
-        rows = process.sample(np.zeros(config.rollouts, np.int64), rng)
-        launch = np.zeros(len(rows), np.int64)
-        visits = count(tree, exact.walks[rows], process.success[rows], launch).pooled[:, :-1]
-        targets = paper_targets(tree, exact.p, teachers, visits, **config.targeting)
-        node = tree.node_of[targets.path, targets.depth]
-        slot = (tree.candidates[node] == targets.token[:, None]).argmax(1)
-        start = np.repeat(exact.after[node, slot], targets.number)
-        rows = np.concatenate([rows, process.sample(start, rng)])
-        launch = np.concatenate([launch, np.repeat(targets.depth + 1, targets.number)])
-        launched += len(start)
-        above.append(_above_launches(tree, node))
-        counts = count(tree, exact.walks[rows], process.success[rows], launch)
-        estimates = {name: success_estimates(tree, counts, exact.p, name) for name in ESTIMATORS}
+        rolled = initial(problem, config.rollouts, rng)
+        targets = disagreements(rolled, config)
+        rolled = launched(rolled, targets, rng)
+        many += int(targets.number.sum())
+        above.append(_above_launches(tree, tree.node_of[targets.path, targets.depth]))
+        counts = rolled.counts
+        estimates = {name: success_estimates(tree, counts, problem.p, name) for name in ESTIMATORS}
         supports.append(support(tree, estimates["pooled"], config.n_sig))
         measured.append(support(tree, estimates["on_policy"], config.n_sig))
         for name, estimate in estimates.items():
@@ -139,7 +80,7 @@ def replicate(exact: Exact, config: DiagnoseConfig, replicates: int, rng: np.ran
     stacked = {name: np.stack(v) for name, v in values.items()}
     inside = {name: np.stack(c) for name, c in covered.items()}
     sets = (np.stack(which) for which in (supports, above, measured))
-    return Replicates(*sets, stacked, inside, launched / replicates)
+    return Replicates(*sets, stacked, inside, many / replicates)
 
 
 def _above_launches(tree: PathTree, launched: Int[np.ndarray, " E"]) -> Bool[np.ndarray, "N K"]:
@@ -153,17 +94,15 @@ def _above_launches(tree: PathTree, launched: Int[np.ndarray, " E"]) -> Bool[np.
 
 
 def _scores(
-    exact: Exact, support_RNK: Bool[np.ndarray, "R N K"], success_RNK: Float[np.ndarray, "R N K"], teacher: str
+    problem: Problem, support_RNK: Bool[np.ndarray, "R N K"], success_RNK: Float[np.ndarray, "R N K"], teacher: str
 ) -> tuple[Float[np.ndarray, "R N"], Float[np.ndarray, "R N"], Float[np.ndarray, "R N"]]:
     """Gives reverse KL's alignment, the norm of the ideal gradient and the success range at the nodes."""
     R, N, K = support_RNK.shape
-    with np.errstate(divide="ignore"):
-        log_p = np.log(exact.p)
     wide = -K % 8
     pad = ((0, 0), (0, wide))
     flat = {
-        "log_p": np.pad(np.tile(log_p, (R, 1)), pad, constant_values=-np.inf).astype(np.float32),
-        "log_q": np.pad(np.tile(exact.log_q[teacher], (R, 1)), pad, constant_values=-np.inf).astype(np.float32),
+        "log_p": np.pad(np.tile(problem.log_p, (R, 1)), pad, constant_values=-np.inf).astype(np.float32),
+        "log_q": np.pad(np.tile(problem.log_q[teacher], (R, 1)), pad, constant_values=-np.inf).astype(np.float32),
     }
     known = {
         "support": np.pad(support_RNK.reshape(-1, K), pad),
@@ -189,13 +128,13 @@ def truth(session: Session, progress: Progress, replicates: int = 60, seed: int 
         raise InputError(f"{session.run.path}: found no question with paths of both outcomes, expected at least one")
     for done, index in enumerate(chosen):
         progress("truth", done, len(chosen))
-        exact = exact_question(session, index)
-        found = replicate(exact, session.config, replicates, np.random.default_rng([seed, index]))
+        problem = recorded_problem(session, index)
+        found = replicate(problem, session.config, replicates, np.random.default_rng([seed, index]))
         launched += found.launched / len(chosen)
-        for name, where, errors, inside in _edge_errors(exact, found):
+        for name, where, errors, inside in _edge_errors(problem, found):
             edges.setdefault((name, where), []).append((errors, inside))
-        rows += list(_aggregate_errors(exact, found))
-        policies.append(_raw_policy(session, index) | {"process": exact.process.value[0]})
+        rows += list(_aggregate_errors(problem, found))
+        policies.append(_raw_policy(session, index) | {"process": problem.process.value[0]})
     progress("truth", len(chosen), len(chosen))
     success = pd.DataFrame(
         [{"estimator": name, "edges": where} | _edge_summary(parts) for (name, where), parts in edges.items()]
@@ -231,12 +170,12 @@ def _raw_policy(session: Session, index: int) -> dict[str, str | float]:
     return {"question": question.id} | dict(zip(("raw", "raw_se", "sampled_mass"), found, strict=True))
 
 
-def _edge_errors(exact: Exact, found: Replicates) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+def _edge_errors(problem: Problem, found: Replicates) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
     """Yields, per estimator and set of edges, errors [R, E] (NaN off S_u) and coverage [R, E]."""
     decision = found.support & (found.support.sum(-1, keepdims=True) >= 2)
     for name in ESTIMATORS:
         known = decision & np.isfinite(found.value[name])  # on_policy knows nothing of some tokens of S_u
-        error = np.where(known, found.value[name] - exact.success[None], np.nan)
+        error = np.where(known, found.value[name] - problem.success[None], np.nan)
         inside = np.where(known, found.covered[name], np.nan)
         sets = {
             "above launches": found.above,
@@ -265,14 +204,14 @@ def _edge_summary(parts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float
     }
 
 
-def _aggregate_errors(exact: Exact, found: Replicates) -> Iterator[dict]:
-    true = np.where(np.isfinite(exact.success), exact.success, 0.0)[None]
+def _aggregate_errors(problem: Problem, found: Replicates) -> Iterator[dict]:
+    true = np.where(np.isfinite(problem.success), problem.success, 0.0)[None]
     true = np.broadcast_to(true, found.support.shape)
-    for teacher in exact.log_q:
+    for teacher in problem.log_q:
         for name in ESTIMATORS:
             known = found.support & np.isfinite(found.value[name])
-            true_scores = _scores(exact, known, true, teacher)
-            scores = _scores(exact, known, found.value[name], teacher)
+            true_scores = _scores(problem, known, true, teacher)
+            scores = _scores(problem, known, found.value[name], teacher)
             # The truth is summarised over the nodes that the estimate has, so that only its values can differ.
             both = (scores[2] > 0) & (true_scores[2] > 0)
             got, aim = summarize(*scores, both), summarize(*true_scores, both)
@@ -281,7 +220,7 @@ def _aggregate_errors(exact: Exact, found: Replicates) -> Iterator[dict]:
             for statistic in STATISTICS:
                 for r in range(len(true)):
                     yield {
-                        "question": exact.question,
+                        "question": problem.question,
                         "replicate": r,
                         "teacher": teacher,
                         "estimator": name,

@@ -12,7 +12,7 @@ LAYERS = [
     {"tasks", "models"},
     {"rollouts", "scoring", "responses", "tree", "gradients"},
     {"alignment", "analysis", "runs"},
-    {"diagnose", "truth", "train", "toy", "report"},
+    {"diagnose", "lab", "truth", "train", "toy", "report"},
     {"verbs"},
     {"cli"},
 ]

@@ -37,6 +37,8 @@ class DiagnoseConfig:
     """Exits: standard error of each teacher's global cosine at which a question is done."""
     exit_tokens: int = 20000
     """Exits: tokens spent at most on a question's targeted rollouts."""
+    teacher_agnostic: bool = False
+    """Exits: spend them for any teacher that may be added, not for the given ones."""
     tau: float = 0.02
     """Probability from which student or teacher makes a token a candidate."""
     by_gradient: int = 20

@@ -14,11 +14,9 @@ from jaxopd.diagnose.launches import joined, launch, rollout_counts
 from jaxopd.diagnose.nodes import path_tree, student_hidden, teacher_scores
 from jaxopd.diagnose.session import Session
 from jaxopd.tree import Counts, PathTree, Targets
-from jaxopd.tree.allocation import ExitProblem, global_cosines, neyman
+from jaxopd.tree.allocation import ExitProblem, global_cosines, spend, unit_gradients
 from jaxopd.tree.success import Z95
 
-ROUNDS = 4  # of the allocation, each from what the ones before found
-SURE_AFTER = 2  # rounds before a standard error is believed
 NO_LAUNCHES = {
     "tokens": np.zeros((0, 1), np.int32),
     "grade": np.zeros(0, np.int8),
@@ -29,25 +27,34 @@ NODES_AT_ONCE = 64  # rows of logits when the rest of a node's tokens is drawn f
 
 def enrich_exits(session: Session, chosen: list[int]) -> None:
     """Spends at most `exit_tokens` a question on exits, in rounds, and stops at `target_se`."""
-    config = session.config
     for index, piece in session.pieces("enrichment", chosen):
-        tree, problem = path_tree(session, index), exit_problem(session, index)
-        rolled, _ = session.run.load(f"rollouts/{index:05d}")
-        length = np.maximum((rolled["tokens"] >= 0).sum(1).mean() - tree.depth, 1.0)
-        parts = [rolled]
-        for turn in range(ROUNDS):
-            counts = rollout_counts(tree, *parts)
-            _, covariance = global_cosines(problem, counts)
-            if turn >= SURE_AFTER and np.sqrt(np.diag(covariance).max()) < config.target_se:
-                break
-            stage = f"enrichment-{turn}"
-            rng = np.random.default_rng(session.seed(stage, index))
-            number = neyman(problem, counts, length, config.exit_tokens / ROUNDS, rng)
-            targets = _targets(session, index, tree, number, rng)
-            if not len(targets.number):
-                break
-            parts.append(launch(session, index, tree, targets, stage))
-        session.run.save(piece, joined(parts[1:]) if parts[1:] else NO_LAUNCHES)
+        rounds = _spent(session, index)
+        session.run.save(piece, joined(rounds) if rounds else NO_LAUNCHES)
+
+
+def _spent(session: Session, index: int) -> list[dict[str, np.ndarray]]:
+    """Runs the rounds of one question; gives the launches of each."""
+    tree, config = path_tree(session, index), session.config
+    rolled, _ = session.run.load(f"rollouts/{index:05d}")
+    rng = np.random.default_rng(session.seed("enrichment", index))
+    rounds: list[dict[str, np.ndarray]] = []
+
+    def launch_round(number: Int[np.ndarray, "N K1"]) -> Counts:
+        targets = _targets(session, index, tree, number, rng)
+        rounds.append(launch(session, index, tree, targets, f"enrichment-{len(rounds)}"))
+        return rollout_counts(tree, rolled, *rounds)
+
+    spend(
+        exit_problem(session, index),
+        rollout_counts(tree, rolled),
+        float((rolled["tokens"] >= 0).sum(1).mean()),
+        launch_round,
+        tokens=config.exit_tokens,
+        target_se=config.target_se,
+        teacher_agnostic=config.teacher_agnostic,
+        rng=rng,
+    )
+    return rounds
 
 
 def exit_problem(session: Session, index: int) -> ExitProblem:
@@ -56,17 +63,7 @@ def exit_problem(session: Session, index: int) -> ExitProblem:
     scores = [teacher_scores(session, name, index) for name in session.teachers]
     p, q = np.exp(scores[0].log_p, dtype=np.float64), np.exp([found.log_q for found in scores], dtype=np.float64)
     compared = (tree.candidates >= 0) & (p > 0) & ((p > session.config.tau) | (q > session.config.tau).any(0))
-    decision = compared & (compared.sum(1, keepdims=True) >= 2)
-
-    def inside(x: np.ndarray) -> np.ndarray:
-        kept = np.where(decision, np.maximum(x, 1e-30), 0.0)
-        return kept / np.maximum(kept.sum(-1, keepdims=True), 1e-300)
-
-    P, Q = inside(p), inside(q)
-    f = np.log(np.where(decision, Q, 1.0)) - np.log(np.where(decision, P, 1.0))
-    gradient = P * (f - (P * f).sum(-1, keepdims=True))
-    norm = np.linalg.norm(gradient, axis=-1, keepdims=True)
-    return ExitProblem(tree, p, compared, np.divide(gradient, norm, out=np.zeros_like(gradient), where=norm > 1e-12))
+    return ExitProblem(tree, p, compared, unit_gradients(p, q, compared))
 
 
 def cosine_table(question: str, problem: ExitProblem, counts: Counts, teachers: list[str]) -> pd.DataFrame:

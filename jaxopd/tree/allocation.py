@@ -6,16 +6,21 @@ smooth function of x. One pass from the root to the leaves gives its derivative 
 is sum_e A_e^2 x_e (1 - x_e) / n_e, least at a given cost if n_e ~ |A_e| sqrt(x_e (1 - x_e) / length_e).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxopd.tree.paths import EXIT, Counts, PathTree
-from jaxopd.tree.success import back_up, exit_values
+from jaxopd.tree.success import back_up, exit_values, proportion_variance
 
 PRIOR = 2.0  # pseudo-counts of an exit at its node's value where rollouts are spent; 1 where values are reported
 LEAST_POWER = 0.15  # of |g|^2, below which its noise is not subtracted
+ROUNDING = 1e-9  # of probabilities that sum to one
+ROUNDS = 4  # of the allocation, each from what the ones before found
+SURE_AFTER = 2  # rounds before a standard error is believed
 
 
 @dataclass(frozen=True)
@@ -31,23 +36,27 @@ class ExitProblem:
     compared: Bool[np.ndarray, "N K"]
     unit: Float[np.ndarray, "M N K"]
 
-    @property
+    @cached_property
     def rest(self) -> Float[np.ndarray, " N"]:
-        """The student's probability of all tokens that are no candidates."""
-        return np.maximum(1.0 - np.where(self.tree.candidates >= 0, self.p, 0.0).sum(1), 0.0)
+        """The student's probability of all tokens that are no candidates; 0 where rounding alone is left."""
+        rest = 1.0 - np.where(self.tree.candidates >= 0, self.p, 0.0).sum(1)
+        return np.where(rest > ROUNDING, rest, 0.0)
 
-    @property
+    @cached_property
     def mass(self) -> Float[np.ndarray, "N K1"]:
         """The probability of each exit, 0 where there is none."""
         exits = (self.tree.candidates >= 0) & (self.tree.child == EXIT)
         return np.concatenate([np.where(exits, self.p, 0.0), self.rest[:, None]], 1)
 
-    @property
+    @cached_property
     def weight(self) -> Float[np.ndarray, "N K"]:
         """P renormalised on S at nodes where S has two tokens or more, else 0."""
-        decision = self.compared & (self.compared.sum(1, keepdims=True) >= 2)
-        inside = np.where(decision, self.p, 0.0)
-        return inside / np.maximum(inside.sum(1, keepdims=True), 1e-300)
+        return on_decisions(self.p, self.compared)
+
+    @cached_property
+    def decisions(self) -> int:
+        """Nodes where S has two tokens or more, at least 1."""
+        return max(1, int((self.weight.sum(1) > 0).sum()))
 
     def gradient(self, exits: Float[np.ndarray, "N K1"]) -> Float[np.ndarray, "N K"]:
         """The ideal gradient P(V - Vbar) on S, from the values of the exits."""
@@ -60,8 +69,7 @@ class ExitProblem:
 
         With N_D = sum <g, u>, D = sum |g|^2 and n nodes the cosine is N_D / sqrt(n D).
         """
-        w, mass = self.weight, self.mass
-        n, power = max(1, int((w.sum(1) > 0).sum())), max(float((g**2).sum()), 1e-12)
+        w, mass, n, power = self.weight, self.mass, self.decisions, max(float((g**2).sum()), 1e-12)
         through = w**2 * ((1 - w) ** 2 + (w**2).sum(1, keepdims=True) - w**2)
         by_gradient = w * (g - (w * g).sum(1, keepdims=True))
         by_teacher = w * (self.unit - (w * self.unit).sum(-1, keepdims=True))
@@ -83,6 +91,60 @@ class ExitProblem:
         return A, H
 
 
+def on_decisions(
+    p: Float[np.ndarray, "*batch N K"], compared: Bool[np.ndarray, "N K"]
+) -> Float[np.ndarray, "*batch N K"]:
+    """Renormalises probabilities on S at nodes where S has two tokens or more; 0 elsewhere."""
+    decision = compared & (compared.sum(1, keepdims=True) >= 2)
+    inside = np.where(decision, p, 0.0)
+    return inside / np.maximum(inside.sum(-1, keepdims=True), 1e-300)
+
+
+def unit_gradients(
+    p: Float[np.ndarray, "N K"], q: Float[np.ndarray, "M N K"], compared: Bool[np.ndarray, "N K"]
+) -> Float[np.ndarray, "M N K"]:
+    """Gives the unit gradient of reverse KL on S, f = log Q - log P, for each teacher."""
+    P, Q = on_decisions(np.maximum(p, 1e-30), compared), on_decisions(np.maximum(q, 1e-30), compared)
+    f = np.log(np.where(Q > 0, Q, 1.0)) - np.log(np.where(P > 0, P, 1.0))
+    gradient = P * (f - (P * f).sum(-1, keepdims=True))
+    norm = np.linalg.norm(gradient, axis=-1, keepdims=True)
+    return np.divide(gradient, norm, out=np.zeros_like(gradient), where=norm > 1e-12)
+
+
+def spend(
+    problem: ExitProblem,
+    counts: Counts,
+    mean_length: float,
+    launch: Callable[[Int[np.ndarray, "N K1"]], Counts],
+    *,
+    tokens: float,
+    target_se: float,
+    rng: np.random.Generator,
+    teacher_agnostic: bool = False,
+) -> Counts:
+    """Spends at most `tokens` in rounds, until every teacher's cosine has the standard error asked for.
+
+    `mean_length` is that of a whole response. `launch(number)` runs rollouts at each exit and gives the counts of all so far. Rollouts go where they serve the
+    given teachers, or, `teacher_agnostic`, any that may come later.
+    """
+    length = left_after(problem.tree, mean_length)
+    aim = replace(problem, unit=problem.unit[:0]) if teacher_agnostic else problem
+    for turn in range(ROUNDS):
+        _, covariance = global_cosines(problem, counts)
+        if turn >= SURE_AFTER and np.sqrt(np.diag(covariance).max()) < target_se:
+            break
+        number = neyman(aim, counts, length, tokens / ROUNDS, rng)
+        if not number.any():
+            break
+        counts = launch(number)
+    return counts
+
+
+def left_after(tree: PathTree, mean_length: float) -> Float[np.ndarray, " N"]:
+    """Tokens that a rollout launched at each node is expected to generate, beside the one it is given."""
+    return np.maximum(mean_length - tree.depth - 1, 1.0)
+
+
 def neyman(
     problem: ExitProblem,
     counts: Counts,
@@ -98,8 +160,8 @@ def neyman(
     x = exit_values(problem.tree, counts, problem.p, PRIOR)
     g = problem.gradient(x)
     A, H = problem.influence(g)
-    n, power = max(1, int((problem.weight.sum(1) > 0).sum())), max(float((g**2).sum()), 1e-12)
-    score = np.sqrt((A**2).sum(0) + max(1, len(A)) * H / (n * power))
+    power = max(float((g**2).sum()), 1e-12)
+    score = np.sqrt((A**2).sum(0) + max(1, len(A)) * H / (problem.decisions * power))
     cost = np.maximum(length, 1.0)[:, None]
     wanted = np.where(problem.mass > 0, score * np.sqrt(x * (1 - x) / cost), 0.0)
 
@@ -124,10 +186,9 @@ def global_cosines(problem: ExitProblem, counts: Counts) -> tuple[Float[np.ndarr
     x = exit_values(problem.tree, counts, problem.p)
     g = problem.gradient(x)
     A, H = problem.influence(g)
-    n, power = max(1, int((problem.weight.sum(1) > 0).sum())), float((g**2).sum())
+    power = float((g**2).sum())
     noise = (H * x * (1 - x) * visits / (visits + 1) ** 2).sum()
     cleaned = max(power - noise, LEAST_POWER * power, 1e-12)
-    cosine = (g * problem.unit).sum((1, 2)) / np.sqrt(n * cleaned)
-    z = (success + 0.25) / (visits + 0.5)
-    variance = np.where(problem.mass > 0, z * (1 - z) / np.maximum(visits, 0.5), 0.0)
+    cosine = (g * problem.unit).sum((1, 2)) / np.sqrt(problem.decisions * cleaned)
+    variance = np.where(problem.mass > 0, proportion_variance(visits, success), 0.0)
     return cosine, np.einsum("aij,bij,ij->ab", A, A, variance)

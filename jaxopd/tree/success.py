@@ -64,7 +64,7 @@ def bellman(tree: PathTree, counts: Counts, p: Float[np.ndarray, "N K"]) -> Succ
     exits = _proportions(counts.on_policy, counts.on_policy_success)
     x = exit_values(tree, counts, p)
     _, value = back_up(tree, p, x, tree.outcome)
-    noise = _variance(counts.on_policy, counts.on_policy_success)
+    noise = proportion_variance(counts.on_policy, counts.on_policy_success)
     _, variance = back_up(tree, p, noise, np.zeros(p.shape), squared=True)
     certain = np.full(p.shape, np.inf)
     low, high = _wilson(value, np.divide(value * (1 - value), variance, out=certain, where=variance > 0))
@@ -123,7 +123,7 @@ def support(tree: PathTree, estimate: SuccessEstimate, n_sig: int = 20) -> Bool[
     return (tree.candidates >= 0) & (estimate.visits >= n_sig) & np.isfinite(estimate.value)
 
 
-def _variance(visits: np.ndarray, successes: np.ndarray) -> np.ndarray:
+def proportion_variance(visits: np.ndarray, successes: np.ndarray) -> np.ndarray:
     """z (1 - z) / n at z = (s + 1/4) / (n + 1/2), which never claims certainty; without visits that of one draw."""
     z = (successes + 0.25) / (visits + 0.5)
     return z * (1 - z) / np.maximum(visits, 1)
@@ -132,7 +132,7 @@ def _variance(visits: np.ndarray, successes: np.ndarray) -> np.ndarray:
 def _proportions(visits: np.ndarray, successes: np.ndarray) -> SuccessEstimate:
     value = np.divide(successes, visits, out=np.full(visits.shape, np.nan), where=visits > 0)
     low, high = _wilson(value, visits.astype(float))
-    se = np.where(visits > 0, np.sqrt(_variance(visits, successes)), np.nan)
+    se = np.where(visits > 0, np.sqrt(proportion_variance(visits, successes)), np.nan)
     return SuccessEstimate(value, se, low, high, visits)
 
 

@@ -1,0 +1,177 @@
+"""Tables of a contest: errors per estimator, errors per token spent, what a form points at."""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from jaxopd.gradients import FORMS, Form, Position, gradient, ideal
+from jaxopd.lab.contest import CLEANED, Errors
+from jaxopd.lab.problems import Problem
+
+MILLION = 1e6
+CLOSE = 0.02  # teachers whose true aggregates differ by less are not asked to be ranked
+ENTRY = ["allocation", "budget", "estimator"]
+
+
+def success_table(errors: Errors) -> pd.DataFrame:
+    """P_succ of the tokens compared: bias, mean |bias|, RMSE, coverage of 95 % intervals, the part known at all."""
+    rows = []
+    for key, group in errors.success.groupby(ENTRY, sort=False):
+        rows.append(
+            dict(zip(ENTRY, key, strict=True))
+            | {
+                "tokens": group.groupby("question")["tokens"].first().mean(),
+                "bias": group["bias"].mean(),
+                "abs_bias": group["bias"].abs().mean(),
+                "rmse": np.sqrt(group["square"].mean()),
+                "coverage": group["coverage"].mean(),
+                "known": group["known"].mean(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def aggregate_table(errors: Errors) -> pd.DataFrame:
+    """The summary of alignment: bias and spread per question, RMSE, RMSE of teacher differences, coverage, ranking.
+
+    rmse^2 = bias^2 + sd^2, bias and sd root mean squares over questions and teachers; `at a million` is what a
+    million tokens a question would leave, sqrt(bias^2 + sd^2 tokens / 10^6): bias does not fall with tokens.
+    """
+    rows = []
+    keys = [*ENTRY, "form", "set"]
+    for key, group in errors.aggregates.groupby(keys, sort=False):
+        own, pairs = group[~group["difference"]], group[group["difference"]]
+        tokens = float(own.groupby("question")["tokens"].mean().mean())
+        bias, sd = _bias_and_sd(own)
+        rows.append(
+            dict(zip(keys, key, strict=True))
+            | {
+                "tokens": tokens,
+                "bias": bias,
+                "sd": sd,
+                "rmse": np.hypot(bias, sd),
+                "at a million": np.sqrt(bias**2 + sd**2 * tokens / MILLION),
+                "difference rmse": np.hypot(*_bias_and_sd(pairs)),
+                "coverage": _coverage(own),
+                "difference coverage": _coverage(pairs),
+                "ranking": _ranking(pairs),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _bias_and_sd(rows: pd.DataFrame) -> tuple[float, float]:
+    """Root mean squares, over questions and teachers, of the mean error and of its deviation."""
+    error = (rows["value"] - rows["truth"]).groupby([rows["question"], rows["teacher"]])
+    mean, variance = (np.asarray(x, float) for x in (error.mean(), error.var(ddof=0)))
+    return float(np.sqrt(np.nanmean(np.square(mean)))), float(np.sqrt(np.nanmean(variance)))
+
+
+def _coverage(rows: pd.DataFrame) -> float:
+    rows = rows.dropna(subset="half")
+    return float(((rows["value"] - rows["truth"]).abs() <= rows["half"]).mean()) if len(rows) else np.nan
+
+
+def _ranking(pairs: pd.DataFrame) -> float:
+    """How often two teachers that truly differ are put in the right order."""
+    apart = pairs[(pairs["truth"].abs() > CLOSE) & pairs["value"].notna()]
+    return float((np.sign(apart["value"]) == np.sign(apart["truth"])).mean()) if len(apart) else np.nan
+
+
+def saving_table(errors: Errors, allocation: str = "exits") -> pd.DataFrame:
+    """Tokens at equal error: the paper's largest budget against `allocation`, by interpolating log error in log tokens.
+
+    Over all questions (root mean square) and for the median question. Where the smallest budget already errs less,
+    the saving is at least what is printed; where the largest errs more, it is not reached (NaN).
+    """
+    curves = errors.aggregates[errors.aggregates["form"] == "reverse_kl"]
+    ours = curves[(curves["allocation"] == allocation) & (curves["estimator"] == CLEANED)]
+    theirs = curves[curves["allocation"] == "paper"]
+    if not len(ours) or not len(theirs):
+        return pd.DataFrame()
+    largest = theirs.loc[theirs["tokens"].idxmax(), "budget"]
+    rows = []
+    for (estimator, which), base in theirs[theirs["budget"] == largest].groupby(["estimator", "set"], sort=False):
+        for difference, name in ((False, "cosine"), (True, "difference")):
+            over = base[base["difference"] == difference], ours[ours["difference"] == difference]
+            whole = _saving(*over)
+            each = [_saving(*(x[x["question"] == question] for x in over)) for question in base["question"].unique()]
+            rows.append(
+                {
+                    "against": f"{estimator}, {which}",
+                    "of": name,
+                    "their tokens": base["tokens"].mean(),
+                    "their rmse": np.hypot(*_bias_and_sd(over[0])),
+                    "our tokens": base["tokens"].mean() / whole,
+                    "saving": whole,
+                    "median question": float(np.median(np.nan_to_num(each, nan=0.0))) or np.nan,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _saving(base: pd.DataFrame, ours: pd.DataFrame) -> float:
+    goal = np.hypot(*_bias_and_sd(base))
+    curve = [(g["tokens"].mean(), np.hypot(*_bias_and_sd(g))) for _, g in ours.groupby("budget")]
+    tokens, error = np.log(np.array(sorted(curve))).T
+    error = np.minimum.accumulate(error)  # more tokens never hurt but for the replicates' noise
+    if np.log(goal) < error[-1]:
+        return np.nan
+    needed = np.interp(-np.log(goal), -error, tokens)
+    return float(base["tokens"].mean() / np.exp(needed))
+
+
+def form_table(problems: Iterable[Problem], forms: Mapping[str, Form], tau: float) -> pd.DataFrame:
+    """What each form's exact gradient points at: cosine to the ideal gradient and to full reverse KL's.
+
+    Means over questions and teachers; `best teacher` is how often the form's global cosine names the teacher that
+    reverse KL's does. Forms of sampled tokens have no exact gradient and are left out by the caller.
+    """
+    found = []
+    for problem in problems:
+        for teacher in problem.log_q:
+            at = exact_position(problem, teacher, tau)
+            aim, reverse = gradients(ideal, at), gradients(FORMS["reverse_kl"], at)
+            for name, form in forms.items():
+                own = gradients(form, at)
+                to_ideal, to_reverse = cosines(own, aim), cosines(own, reverse)
+                decision = np.isfinite(to_ideal)
+                norm = np.linalg.norm(aim, axis=1)
+                power = np.sqrt(decision.sum() * (norm[decision] ** 2).sum())
+                found.append(
+                    {
+                        "form": name,
+                        "question": problem.question,
+                        "teacher": teacher,
+                        "global cosine": (norm * to_ideal)[decision].sum() / power if power else np.nan,
+                        "mean cosine": np.nanmean(to_ideal) if decision.any() else np.nan,
+                        "fraction positive": (to_ideal[decision] > 0).mean() if decision.any() else np.nan,
+                        "cosine to reverse_kl": np.nanmean(to_reverse) if np.isfinite(to_reverse).any() else np.nan,
+                    }
+                )
+    table = pd.DataFrame(found)
+    best = table.sort_values("global cosine").groupby(["form", "question"])["teacher"].last().unstack("form")
+    same = best.eq(best["reverse_kl"], axis=0).mean().rename("best teacher as reverse_kl")
+    means = table.drop(columns=["question", "teacher"]).groupby("form", sort=False).mean()
+    return means.join(same).reset_index()
+
+
+def exact_position(problem: Problem, teacher: str, tau: float) -> Position:
+    """The positions of a problem's nodes with the exact success of the tokens compared."""
+    compared = problem.compared(tau)
+    known = {"support": compared, "success": np.nan_to_num(problem.success)}
+    return Position.create(problem.log_p.astype(np.float32), problem.log_q[teacher].astype(np.float32), **known)
+
+
+def gradients(form: Form, positions: Position) -> Float[np.ndarray, "N K"]:
+    """The logit gradient of a form at every node, P and Q renormalised on S."""
+    return np.asarray(jax.vmap(lambda position: gradient(form, position))(positions), np.float64)
+
+
+def cosines(a: Float[np.ndarray, "N K"], b: Float[np.ndarray, "N K"]) -> Float[np.ndarray, " N"]:
+    """Cosines of rows, NaN where one is zero."""
+    size = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.divide((a * b).sum(1), size, out=np.full(len(a), np.nan), where=size > 0)

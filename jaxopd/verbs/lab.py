@@ -1,0 +1,123 @@
+"""jaxopd lab: a form, estimator or aggregate of one's own beside the known ones, against exact truth."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from jaxopd.diagnose import DiagnoseConfig
+from jaxopd.errors import InputError
+from jaxopd.verbs.console import as_table, bars
+
+SAMPLED = ("single_sample", "minillm", "dr_grpo", "dr_grpo_std")  # forms without an exact gradient
+RANDOM = DiagnoseConfig(student="random", teacher=("random",), task="toy", questions="random")  # its budgets alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Lab:
+    """Measures estimators, gradient forms and allocations of tokens where every success probability is exact.
+
+    Your own code stands beside the known one: a form is Position -> f [K], an estimator is
+    (tree, counts, p [N, K]) -> SuccessEstimate, an aggregate is (cosine [N], ideal_norm [N], success_range [N],
+    decision_mask [N]) -> number. The code in FILE.py runs as you.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Finished runs of `jaxopd diagnose`, whose questions become decision processes; random processes where absent."""
+    form: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILE.py:NAME of a gradient form, beside all known ones; may be repeated."""
+    estimator: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILE.py:NAME of an estimator of P_succ, beside the known ones; may be repeated."""
+    aggregate: str = "global"
+    """Summary of alignment: global, mean, sr_weighted, filtered, fraction_positive, or FILE.py:NAME."""
+    problems: int = 12
+    """Random processes drawn, where no run is given."""
+    replicates: int = 20
+    """Replicates of every allocation, a question."""
+    n_min: tuple[int, ...] = (100, 25)
+    """The paper's allocation: visits to which targets are raised."""
+    tokens: tuple[int, ...] = (1000, 4000, 16000)
+    """Exits and uniform: tokens spent on a question after its initial rollouts."""
+    target_se: float | None = None
+    """Exits: stop at this standard error; by default the tokens are spent."""
+    seed: int = 0
+    """Seed of every draw."""
+    out: str | None = None
+    """Folder for the tables and every error, as CSV; only printed where absent."""
+
+    def run(self, console: Console) -> None:
+        from jaxopd.gradients import FORMS
+        from jaxopd.lab.contest import Contest
+        from jaxopd.lab.own import load_own
+        from jaxopd.lab.problems import random_problem
+        from jaxopd.lab.summary import aggregate_table, form_table, saving_table, success_table
+        from jaxopd.tree import ESTIMATORS
+
+        own_forms = dict(load_own(place) for place in self.form)
+        forms = {name: FORMS[name] for name in FORMS if name not in (*SAMPLED, "ideal")} | own_forms
+        contest = Contest(
+            self._entries(),
+            {**ESTIMATORS, **dict(load_own(place) for place in self.estimator)},
+            {"reverse_kl": FORMS["reverse_kl"], **own_forms},
+            load_own(self.aggregate)[1] if ":" in self.aggregate else self.aggregate,
+            self.replicates,
+            self.seed,
+        )
+        with bars(console) as report:
+            if self.runs:
+                problems = self._recorded(report)
+            else:
+                draws = [np.random.default_rng([self.seed, n]) for n in range(self.problems)]
+                problems = [random_problem(f"random-{n}", rng) for n, rng in enumerate(draws)]
+            errors = contest.run(problems, report)
+        tables = {
+            "success": (
+                f"Success of the tokens compared, {len(problems)} questions",
+                success_table(errors),
+            ),
+            "aggregates": (f"Alignment, {self.aggregate}: errors a question and teacher", aggregate_table(errors)),
+            "forms": ("What each form's exact gradient points at", form_table(problems, forms, RANDOM.tau)),
+            "savings": ("Tokens at equal error, exits against the paper's allocation", saving_table(errors)),
+        }
+        for name, (title, table) in tables.items():
+            if len(table):
+                console.print(as_table(title, table))
+            if self.out is not None:
+                Path(self.out).mkdir(parents=True, exist_ok=True)
+                table.to_csv(Path(self.out) / f"{name}.csv", index=False)
+        if self.out is not None:
+            errors.success.to_csv(Path(self.out) / "errors_success.csv", index=False)
+            errors.aggregates.to_csv(Path(self.out) / "errors_aggregates.csv", index=False)
+
+    def _entries(self):
+        """The paper's allocation at each N_min, exits and uniform at each number of tokens."""
+        from jaxopd.lab.contest import Entry
+
+        entries = [Entry("paper", f"N_min {n}", dataclasses.replace(RANDOM, n_min=n)) for n in self.n_min]
+        se = 1e-9 if self.target_se is None else self.target_se  # never reached: all tokens are spent
+        for allocation in ("exits", "uniform"):
+            for tokens in self.tokens:
+                config = dataclasses.replace(RANDOM, exit_tokens=tokens, target_se=se)
+                entries.append(Entry(allocation, f"{tokens} tokens", config))
+        return entries
+
+    def _recorded(self, report) -> list:
+        from jaxopd.diagnose.nodes import included
+        from jaxopd.diagnose.session import Session
+        from jaxopd.lab.problems import recorded_problem
+        from jaxopd.runs import RunFolder
+
+        problems = []
+        for folder in self.runs:
+            known = RunFolder.existing(folder).config() or {}
+            fields = {f.name: known[f.name] for f in dataclasses.fields(DiagnoseConfig) if f.name in known}
+            session = Session(DiagnoseConfig(**fields | {"teacher": tuple(fields["teacher"])}), folder, report)
+            chosen = included(session)
+            for done, index in enumerate(chosen):
+                problems.append(recorded_problem(session, index).watching(session.config.tau))
+                report("problems", done + 1, len(chosen))
+        if not problems:
+            raise InputError(f"{self.runs[0]}: found no question with paths of both outcomes, expected at least one")
+        return problems

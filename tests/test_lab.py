@@ -1,0 +1,171 @@
+"""The estimator lab against what is known without it: exact processes, an oracle, twins, curves of known slope."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jaxopd import cli
+from jaxopd.errors import InputError
+from jaxopd.gradients import FORMS
+from jaxopd.lab.allocations import ALLOCATIONS
+from jaxopd.lab.contest import CLEANED, FIXED, Contest, Entry, Errors
+from jaxopd.lab.own import load_own
+from jaxopd.lab.problems import random_problem
+from jaxopd.lab.summary import aggregate_table, form_table, saving_table, success_table
+from jaxopd.tree import ESTIMATORS, EXIT, SuccessEstimate, count
+from jaxopd.verbs.lab import RANDOM
+
+BUDGETS = dataclasses.replace(RANDOM, rollouts=60, n_min=20, exit_tokens=800, target_se=1e-9)
+ENTRIES = [Entry(name, "budget", BUDGETS) for name in ALLOCATIONS]
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return random_problem("r", np.random.default_rng(3))
+
+
+def test_values_are_those_of_every_sequence(problem) -> None:
+    """Against enumeration: V(prefix) = sum over its sequences of probability and success."""
+    process, tree = problem.process, problem.tree
+    sequences, depth = process.sequences, process.sequences.shape[1]
+    mass = np.ones(len(sequences))
+    at = np.zeros(len(sequences), np.int64)
+    for t in range(depth):
+        at = process.first_child[at] + sequences[:, t]
+        mass *= process.p[at]
+    np.testing.assert_allclose(mass.sum(), 1, atol=1e-12)
+    for n in range(len(tree.owner)):
+        t, prefix = tree.depth[n], tree.tokens[tree.owner[n], : tree.depth[n]]
+        for k, token in enumerate(tree.candidates[n]):
+            below = (sequences[:, : t + 1] == [*prefix, token]).all(1)
+            expected = (mass * process.success)[below].sum() / mass[below].sum()
+            np.testing.assert_allclose(problem.success[n, k], expected, atol=1e-12)
+    np.testing.assert_allclose(problem.q.sum(-1), 1, atol=1e-12)
+
+
+def test_watching_pools_what_no_model_likes(problem) -> None:
+    tau = 0.15
+    seen = problem.watching(tau)
+    own = seen.tree.child != EXIT  # the paths' own tokens stay candidates
+    liked = (seen.p > tau) | (seen.q > tau).any(0)
+    assert ((seen.tree.candidates < 0) | own | liked).all()
+    pooled = np.array([problem.process.p[others].sum() for others in seen.others])
+    assert pooled.max() > 0.01
+    np.testing.assert_allclose(seen.p.sum(1) + pooled, 1, atol=1e-12)
+    np.testing.assert_allclose(seen.exits(tau).rest, pooled, atol=1e-12)
+    match = seen.tree.candidates[:, :, None] == problem.tree.candidates[:, None, :]
+    expected = np.where(match, problem.success[:, None], 0).sum(-1)
+    np.testing.assert_allclose(np.nan_to_num(seen.success), np.where(seen.tree.candidates >= 0, expected, 0))
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.15])
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_rollouts_begin_where_they_say(problem, name, tau) -> None:
+    """Each launch follows a path up to its last given token; exits leave the paths with it."""
+    seen = problem.watching(tau)
+    rolled = ALLOCATIONS[name](seen, dataclasses.replace(BUDGETS, tau=tau), np.random.default_rng(0))
+    common = seen.walks[rolled.rows].common.max(1)
+    targeted = rolled.launch > 0
+    assert targeted.any()
+    assert (common[targeted] >= rolled.launch[targeted] - 1).all()
+    if name != "paper":
+        np.testing.assert_array_equal(common[targeted], rolled.launch[targeted] - 1)
+        spent = (seen.lengths[rolled.rows] - rolled.launch)[targeted].sum()
+        assert 0.7 * BUDGETS.exit_tokens < spent < 1.3 * BUDGETS.exit_tokens
+    by_hand = count(seen.tree, seen.walks[rolled.rows], seen.process.success[rolled.rows], rolled.launch)
+    np.testing.assert_array_equal(rolled.counts.pooled, by_hand.pooled)
+
+
+def test_an_oracle_errs_nowhere_and_twins_agree(problem) -> None:
+    """A user's estimator that knows the truth, a copy of reverse KL, and its negative."""
+
+    def knows(tree, counts, p):
+        sure = np.zeros(p.shape)
+        return SuccessEstimate(problem.success, sure, problem.success, problem.success, counts.pooled[:, :-1])
+
+    forms = {
+        "reverse_kl": FORMS["reverse_kl"],
+        "twin": lambda at: FORMS["reverse_kl"](at) + 3.0,  # a constant changes no P (f - fbar)
+        "opposite": lambda at: -FORMS["reverse_kl"](at),
+    }
+    estimators = {"knows": knows, "bellman": ESTIMATORS["bellman"]}
+    errors = Contest(ENTRIES, estimators, forms, replicates=3).run([problem])
+    success = success_table(errors).set_index("estimator")
+    assert success.loc["knows", "rmse"].max() < 1e-12 < success.loc["bellman", "rmse"].min()
+    assert (success.loc["knows", "coverage"] == 1).all()
+    table = aggregate_table(errors)
+    sure = table[table["estimator"] == "knows"]
+    assert sure["rmse"].max() < 1e-5
+    assert (sure["ranking"].dropna() == 1).all()
+    of_form = {form: group["rmse"].to_numpy() for form, group in table[table["estimator"] == "bellman"].groupby("form")}
+    np.testing.assert_allclose(of_form["twin"], of_form["reverse_kl"], atol=1e-5)
+    np.testing.assert_allclose(of_form["opposite"], of_form["reverse_kl"], atol=1e-5)
+    exact = form_table([problem], {**forms, "ideal": FORMS["ideal"]}, 0.02).set_index("form")
+    assert exact.loc["twin", "cosine to reverse_kl"] == pytest.approx(1, abs=1e-5)
+    assert exact.loc["opposite", "cosine to reverse_kl"] == pytest.approx(-1, abs=1e-5)
+    assert exact.loc["ideal", "mean cosine"] == pytest.approx(1, abs=1e-5)
+    assert exact.loc["opposite", "global cosine"] == pytest.approx(-exact.loc["reverse_kl", "global cosine"], abs=1e-5)
+
+
+def test_an_aggregate_of_ones_own(problem) -> None:
+    forms = {"reverse_kl": FORMS["reverse_kl"]}
+
+    def share(cosine, ideal_norm, success_range, decision_mask):
+        return (cosine[decision_mask] > 0).mean()
+
+    tables = [
+        Contest(ENTRIES[:1], ESTIMATORS, forms, aggregate, replicates=3).run([problem]).aggregates
+        for aggregate in (share, "fraction_positive")
+    ]
+    pd.testing.assert_frame_equal(*tables, atol=1e-6)
+
+
+def test_saving_of_known_curves() -> None:
+    """Errors of exactly c / sqrt(tokens): at equal error the saving is the ratio of the c squared."""
+    rows = []
+    for allocation, estimator, c, budgets in (("paper", "pooled", 6.0, [40_000]), ("exits", CLEANED, 1.5, [500, 8000])):
+        for tokens in budgets:
+            for question in "ab":
+                for sign in (-1, 1):
+                    for difference in (False, True):
+                        error = sign * c / np.sqrt(tokens)
+                        rows.append(
+                            (allocation, f"{tokens}", estimator, question, 0.3 + error, 0.3, tokens, difference)
+                        )
+    names = ["allocation", "budget", "estimator", "question", "value", "truth", "tokens", "difference"]
+    table = pd.DataFrame(rows, columns=names).assign(form="reverse_kl", set=FIXED, teacher="t", half=np.nan)
+    saved = saving_table(Errors(pd.DataFrame(), table))
+    np.testing.assert_allclose(saved["saving"], 16, rtol=1e-9)
+    np.testing.assert_allclose(saved["median question"], 16, rtol=1e-9)
+    np.testing.assert_allclose(saved["our tokens"], 2500, rtol=1e-9)
+
+
+def test_the_verb_takes_a_form_of_ones_own(tmp_path, capsys) -> None:
+    (tmp_path / "own.py").write_text(
+        "import jax.numpy as jnp\ndef squared(at): return jnp.exp(at.log_q) - jnp.exp(at.log_p)\n"
+    )
+    arguments = ["--form", f"{tmp_path / 'own.py'}:squared", "--problems", "2", "--replicates", "2"]
+    assert cli.main(["lab", *arguments, "--tokens", "500", "--n-min", "10", "--out", str(tmp_path / "out")]) == 0
+    assert "squared" in capsys.readouterr().out
+    forms = pd.read_csv(tmp_path / "out" / "forms.csv").set_index("form")
+    assert 0 < forms.loc["squared", "cosine to reverse_kl"] < 1
+    assert set(pd.read_csv(tmp_path / "out" / "aggregates.csv")["form"]) == {"reverse_kl", "squared"}
+
+
+@pytest.mark.parametrize(
+    ("code", "place", "said"),
+    [
+        ("", "own.py", "no FILE.py:NAME"),
+        (None, "gone.py:f", "no such file"),
+        ("x = 1", "own.py:f", "no function f"),
+        ("f = 1 / 0", "own.py:f", "ZeroDivisionError"),
+    ],
+)
+def test_own_code_that_cannot_be_used(tmp_path, monkeypatch, code, place, said) -> None:
+    monkeypatch.chdir(tmp_path)
+    if code is not None:
+        (tmp_path / "own.py").write_text(code)
+    with pytest.raises(InputError, match=said):
+        load_own(place)
