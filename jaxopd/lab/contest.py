@@ -2,7 +2,8 @@
 
 The estimand is fixed: S holds the tokens to which the student or a teacher gives more than tau, P is renormalised on
 it, and the truth uses the exact success probabilities of the same tokens. The paper's own set, tokens with N_sig pooled
-visits, differs by replicate; its truth is that of the same tokens, so that only values differ.
+visits, differs by replicate; its truth is that of the same tokens, so that only values differ. Every node with two tokens of S
+counts: where all succeed alike, which only the truth knows, its cosine is 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -123,11 +124,10 @@ class Contest:
             scores = node_alignment(
                 _positions(problem, drawn, judged, success, teacher), forms, readings=("renormalized",)
             )
-            norm, spread = (scores[name].reshape(R, N) for name in ("ideal_norm", "success_range"))
-            spread = np.nan_to_num(spread)
+            norm, spread = (np.nan_to_num(scores[name]).reshape(R, N) for name in ("ideal_norm", "success_range"))
             for name in forms:
-                cosine = scores[f"align_{name}"].reshape(R, N)
-                columns[name].append(self._summary(cosine, norm, spread, spread > 0))
+                cosine = np.nan_to_num(scores[f"align_{name}"]).reshape(R, N)
+                columns[name].append(self._summary(cosine, norm, spread, judged.sum(-1) >= 2))
         return {name: np.stack(column, 1) for name, column in columns.items()}
 
     def _summary(self, cosine, norm, spread, decisions) -> Float[np.ndarray, " R"]:
