@@ -15,6 +15,7 @@ from jaxopd.lab.own import load_own
 from jaxopd.lab.problems import random_problem
 from jaxopd.lab.summary import aggregate_table, form_table, saving_table, success_table
 from jaxopd.tree import ESTIMATORS, EXIT, SuccessEstimate, count
+from jaxopd.tree.allocation import global_cosines
 from jaxopd.verbs.lab import RANDOM
 
 BUDGETS = dataclasses.replace(RANDOM, rollouts=60, n_min=20, exit_tokens=800, target_se=1e-9)
@@ -76,6 +77,20 @@ def test_rollouts_begin_where_they_say(problem, name, tau) -> None:
         assert 0.7 * BUDGETS.exit_tokens < spent < 1.3 * BUDGETS.exit_tokens
     by_hand = count(seen.tree, seen.walks[rolled.rows], seen.process.success[rolled.rows], rolled.launch)
     np.testing.assert_array_equal(rolled.counts.pooled, by_hand.pooled)
+
+
+def test_a_decided_comparison_ends_the_spend(problem) -> None:
+    """The teacher that knows nothing against the one that knows most: fewer tokens, the right one found."""
+    asked = dataclasses.replace(BUDGETS, exit_tokens=20_000)
+    tokens = {}
+    for decide in (None, ("teacher-0", "teacher-2"), ("teacher-2", "teacher-2")):
+        rolled = ALLOCATIONS["exits"](problem, dataclasses.replace(asked, decide=decide), np.random.default_rng(1))
+        tokens[decide] = rolled.tokens
+        cosine, _ = global_cosines(problem.exits(asked.tau), rolled.counts)
+        assert cosine[2] > cosine[0]
+    whole, decided, never = tokens.values()
+    assert decided < 0.6 * whole
+    assert never == whole  # a teacher and itself never differ
 
 
 def test_an_oracle_errs_nowhere_and_twins_agree(problem) -> None:

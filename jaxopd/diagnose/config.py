@@ -39,6 +39,8 @@ class DiagnoseConfig:
     """Exits: tokens spent at most on a question's targeted rollouts."""
     teacher_agnostic: bool = False
     """Exits: spend them for any teacher that may be added, not for the given ones."""
+    decide: tuple[str, str] | None = None
+    """Exits: two teachers; a question is also done when it is sure which has the larger global cosine."""
     tau: float = 0.02
     """Probability from which student or teacher makes a token a candidate."""
     by_gradient: int = 20

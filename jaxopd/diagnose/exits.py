@@ -52,6 +52,7 @@ def _spent(session: Session, index: int) -> list[dict[str, np.ndarray]]:
         tokens=config.exit_tokens,
         target_se=config.target_se,
         teacher_agnostic=config.teacher_agnostic,
+        decide=session.rivals,
         rng=rng,
     )
     return rounds

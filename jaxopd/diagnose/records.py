@@ -6,8 +6,9 @@ questions  question, task, prompt, gold, pass_rate, difficulty, counts of rollou
 paths      question, path, correct, length, finish, text
 nodes      question, path, t, teacher, estimator: probabilities, P_succ with interval, V(u), success range, |g_ideal|,
            teacher advantage (Eq. 2.1), full-vocabulary divergences, align_<form> and align_<form>_restricted (Eq. 2.12)
-tokens     question, path, t, token: P, Q of each teacher, visits (all, and those that count for on_policy), P_succ
-           and its standard error per estimator
+tokens     question, path, t, token: P, Q of each teacher, visits (all, and those that count for on_policy), launches
+           of targeted rollouts there; P_succ with its standard error and interval per estimator; how many initial
+           rollouts took it, their mean R - Rbar, and the mean sum of log q - log p from there on per teacher
 cosines    question, teacher: global cosine of reverse KL over all tokens compared, noise taken out of its norm, with
            the 95 % interval that its rollouts give (tree/allocation.py)
 """
@@ -127,8 +128,7 @@ def node_table(
     counts: Counts,
     estimates: Mapping[str, SuccessEstimate],
     teachers: Mapping[str, TeacherScores],
-    initial: InitialRollouts,
-    rewards: Mapping[str, Float[np.ndarray, "G S"]],
+    samples: Mapping[str, Samples],
     text_of: Callable[[int], str],
     n_sig: int,
 ) -> pd.DataFrame:
@@ -140,7 +140,6 @@ def node_table(
     frames = []
     texts = [text_of(int(k)) for k in token]
     for name, teacher in teachers.items():
-        samples = Samples.gather(tree, initial, rewards[name])
         base = {
             "question": question,
             "path": path,
@@ -157,9 +156,9 @@ def node_table(
         }
         for estimator, estimate in estimates.items():
             S = support(tree, estimate, n_sig)
-            at = positions(teacher, estimate, S, samples)
+            at = positions(teacher, estimate, S, samples[name])
             analytic = {form: (_bucketed(f, 0.0), fbar) for form, (f, fbar) in teacher.known.items()}
-            scores = node_alignment(at, known=analytic | samples.known(at))
+            scores = node_alignment(at, known=analytic | samples[name].known(at))
             measured = {key: np.asarray(values, np.float32)[node] for key, values in scores.items()}
             size = S.sum(1)[node]
             spread = np.nan_to_num(measured["success_range"])
@@ -186,6 +185,7 @@ def token_table(
     counts: Counts,
     estimates: Mapping[str, SuccessEstimate],
     teachers: Mapping[str, TeacherScores],
+    samples: Mapping[str, Samples],
     text_of: Callable[[int], str],
 ) -> pd.DataFrame:
     """Gives the rows (question, path, t, candidate token) of one question."""
@@ -203,12 +203,19 @@ def token_table(
         "p": np.exp(first.log_p[node, slot]),
         "visits": counts.pooled[node, slot],
         "visits_on_policy": counts.on_policy[node, slot],
+        "launches": counts.on_policy[node, slot] - counts.free[node, slot],
     }
     for estimator, estimate in estimates.items():
         columns[f"p_succ_{estimator}"] = estimate.value[node, slot].astype(np.float32)
         columns[f"se_{estimator}"] = estimate.se[node, slot].astype(np.float32)
+        columns[f"low_{estimator}"] = estimate.low[node, slot].astype(np.float32)
+        columns[f"high_{estimator}"] = estimate.high[node, slot].astype(np.float32)
     for name, teacher in teachers.items():
         columns[f"q_{name}"] = np.exp(teacher.log_q[node, slot])
+        fields = samples[name].fields()
+        columns[f"reward_to_go_{name}"] = fields["reward_to_go"][node, slot].astype(np.float32)
+        columns |= {"samples": fields["counts"][node, slot].astype(int)}
+        columns |= {"sample_advantage": fields["advantage"][node, slot].astype(np.float32)}
     return pd.DataFrame(columns)
 
 

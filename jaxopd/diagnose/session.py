@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +53,7 @@ class Session:
         for name in self.teachers:
             if "/" in name or name == "student":  # names become folders, and the student's is taken
                 raise InputError(f"--teacher {name}: found a slash or the name 'student', expected another name")
+        self.rivals = self._rivals()
         self.task = find_task(config.task)
         self.questions: list[Question] = self.task.load(config.questions)[: config.limit]
         if not self.questions:
@@ -79,8 +81,21 @@ class Session:
                 f"{config.questions}: question {self.questions[longest].id}: found a prompt of "
                 f"{len(self.prompts[longest])} tokens, expected under the context of {context}"
             )
-        facts = {"teacher": list(config.teacher), "input_digest": self._input_digest()}
-        self.run = RunFolder.create(out, dataclasses.asdict(config) | facts)
+        facts = json.loads(json.dumps(dataclasses.asdict(config)))  # as it will be read: tuples are lists
+        self.run = RunFolder.create(out, facts | {"input_digest": self._input_digest()})
+
+    def _rivals(self) -> tuple[int, int] | None:
+        """The places of the two teachers to be told apart."""
+        if self.config.decide is None:
+            return None
+        names = list(self.teachers)
+        for name in self.config.decide:
+            if name not in names:
+                raise InputError(f"--decide: found {name!r}, expected two of {', '.join(names)}")
+        a, b = (names.index(name) for name in self.config.decide)
+        if a == b:
+            raise InputError(f"--decide: found {names[a]!r} twice, expected two teachers")
+        return a, b
 
     def _input_digest(self) -> str:
         """Digests what the files held, so that a run is not resumed with others under the same names."""

@@ -6,7 +6,7 @@ import pandas as pd
 from jaxopd.diagnose.exits import cosine_table, exit_problem
 from jaxopd.diagnose.launches import rollout_counts, true_success
 from jaxopd.diagnose.nodes import Paths, path_tree, representative_paths, teacher_scores
-from jaxopd.diagnose.records import InitialRollouts, difficulty, empty_nodes, node_table, token_table
+from jaxopd.diagnose.records import InitialRollouts, Samples, difficulty, empty_nodes, node_table, token_table
 from jaxopd.diagnose.session import Session
 from jaxopd.rollouts import LENGTH
 from jaxopd.tree import ESTIMATORS, success_estimates, walk
@@ -46,16 +46,17 @@ def _tables(session: Session, index: int) -> dict[str, pd.DataFrame]:
     if session.config.truth_rollouts:
         estimates["truth"] = true_success(session, index, tree, counts)
     rewards = {name: session.run.load(f"rewards-{name}/{index:05d}")[0]["reward"] for name in teachers}
+    samples = {name: Samples.gather(tree, initial, reward) for name, reward in rewards.items()}
     text_of = session.token_text
     # With exits every compared token is judged: what has no visit is worth what its node is.
     n_sig = 0 if session.config.allocation == "exits" else session.config.n_sig
-    nodes = node_table(question.id, tree, counts, estimates, teachers, initial, rewards, text_of, n_sig)
+    nodes = node_table(question.id, tree, counts, estimates, teachers, samples, text_of, n_sig)
     return {
         "questions": _summary(session, index, rolled, paths, len(targeted["grade"])),
         "paths": _paths(session, question.id, paths),
         "nodes": nodes,
         "cosines": cosine_table(question.id, exit_problem(session, index), counts, list(teachers)),
-        "tokens": token_table(question.id, tree, counts, estimates, teachers, text_of),
+        "tokens": token_table(question.id, tree, counts, estimates, teachers, samples, text_of),
     }
 
 

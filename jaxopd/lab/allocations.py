@@ -97,9 +97,18 @@ def exits(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) ->
         rolled = rolled.and_from(*_exit_starts(problem, number, rng), rng)
         return rolled.counts
 
-    limits = {"tokens": config.exit_tokens, "target_se": config.target_se}
-    agnostic = config.teacher_agnostic
-    spend(problem.exits(config.tau), rolled.counts, mean, launch, **limits, rng=rng, teacher_agnostic=agnostic)
+    names = list(problem.log_q)
+    spend(
+        problem.exits(config.tau),
+        rolled.counts,
+        mean,
+        launch,
+        tokens=config.exit_tokens,
+        target_se=config.target_se,
+        rng=rng,
+        teacher_agnostic=config.teacher_agnostic,
+        decide=config.decide and (names.index(config.decide[0]), names.index(config.decide[1])),
+    )
     return rolled
 
 

@@ -2,8 +2,8 @@
 
 The estimand is fixed: S holds the tokens to which the student or a teacher gives more than tau, P is renormalised on
 it, and the truth uses the exact success probabilities of the same tokens. The paper's own set, tokens with N_sig pooled
-visits, differs by replicate; its truth is that of the same tokens, so that only values differ. Every node with two tokens of S
-counts: where all succeed alike, which only the truth knows, its cosine is 0.
+visits, differs by replicate; its truth is that of the same tokens, so that only values differ. Every node with two
+tokens of S counts: where all succeed alike, which only the truth knows, its cosine is 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence

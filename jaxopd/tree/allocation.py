@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import norm
 
 from jaxopd.tree.paths import EXIT, Counts, PathTree
 from jaxopd.tree.success import back_up, exit_values, proportion_variance
@@ -107,8 +108,8 @@ def unit_gradients(
     P, Q = on_decisions(np.maximum(p, 1e-30), compared), on_decisions(np.maximum(q, 1e-30), compared)
     f = np.log(np.where(Q > 0, Q, 1.0)) - np.log(np.where(P > 0, P, 1.0))
     gradient = P * (f - (P * f).sum(-1, keepdims=True))
-    norm = np.linalg.norm(gradient, axis=-1, keepdims=True)
-    return np.divide(gradient, norm, out=np.zeros_like(gradient), where=norm > 1e-12)
+    size = np.linalg.norm(gradient, axis=-1, keepdims=True)
+    return np.divide(gradient, size, out=np.zeros_like(gradient), where=size > 1e-12)
 
 
 def spend(
@@ -121,23 +122,32 @@ def spend(
     target_se: float,
     rng: np.random.Generator,
     teacher_agnostic: bool = False,
+    decide: tuple[int, int] | None = None,
 ) -> Counts:
     """Spends at most `tokens` in rounds, until every teacher's cosine has the standard error asked for.
 
-    `mean_length` is that of a whole response. `launch(number)` runs rollouts at each exit and gives the counts of all so far. Rollouts go where they serve the
-    given teachers, or, `teacher_agnostic`, any that may come later.
+    With `decide` also once it is sure at 95 %, over all rounds together, which of two teachers has the larger cosine.
+    `mean_length` is that of a whole response; `launch(number)` runs rollouts at each exit and gives the counts of all
+    so far. Rollouts go where they serve the given teachers, or, `teacher_agnostic`, any that may come later.
     """
     length = left_after(problem.tree, mean_length)
     aim = replace(problem, unit=problem.unit[:0]) if teacher_agnostic else problem
     for turn in range(ROUNDS):
-        _, covariance = global_cosines(problem, counts)
-        if turn >= SURE_AFTER and np.sqrt(np.diag(covariance).max()) < target_se:
+        cosine, covariance = global_cosines(problem, counts)
+        sure = np.sqrt(np.diag(covariance).max()) < target_se or (decide and _decided(cosine, covariance, *decide))
+        if turn >= SURE_AFTER and sure:
             break
         number = neyman(aim, counts, length, tokens / ROUNDS, rng)
         if not number.any():
             break
         counts = launch(number)
     return counts
+
+
+def _decided(cosine: Float[np.ndarray, " M"], covariance: Float[np.ndarray, "M M"], a: int, b: int) -> bool:
+    """Whether two cosines differ, at 5 % shared by the rounds after which one may look."""
+    se = np.sqrt(max(0.0, covariance[a, a] + covariance[b, b] - 2 * covariance[a, b]))
+    return bool(abs(cosine[a] - cosine[b]) > norm.isf(0.025 / (ROUNDS - SURE_AFTER)) * se)
 
 
 def left_after(tree: PathTree, mean_length: float) -> Float[np.ndarray, " N"]:
