@@ -11,9 +11,10 @@ through tensorstore's key-value stores, so a path may also be an URL that tensor
 import io
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,13 @@ class RunFolder:
         self.store = ts.KvStore.open(self.spec).result()
 
     @classmethod
-    def create(cls, path: str, config: dict[str, Any]) -> "RunFolder":
+    def create(
+        cls, path: str, config: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+    ) -> "RunFolder":
         """Opens the run of `config` at `path`, new or to be resumed.
 
-        Raises InputError where the folder holds another run, or things that are no run.
+        A run begun before a field existed had its default. Raises InputError where the folder holds another run, or
+        things that are no run.
         """
         run = cls(path)
         known = run.config()
@@ -47,7 +51,7 @@ class RunFolder:
             if others:
                 raise InputError(f"{path}: found files but no config.json, expected an empty folder or a jaxopd run")
             run.write_json("config.json", config)
-            known = config
+        known = {**defaults, **(known or config)}
         if run.read_json("env.json") is None:
             run.write_json("env.json", environment())
         # A digest of the inputs differs wherever a setting that names them does, so it is looked at last.

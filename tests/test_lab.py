@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from jaxopd import cli
 from jaxopd.errors import InputError
@@ -15,7 +16,7 @@ from jaxopd.lab.own import load_own
 from jaxopd.lab.problems import random_problem
 from jaxopd.lab.summary import aggregate_table, form_table, saving_table, success_table
 from jaxopd.tree import ESTIMATORS, EXIT, SuccessEstimate, count
-from jaxopd.tree.allocation import global_cosines
+from jaxopd.tree.allocation import SpreadNumbers, global_cosines
 from jaxopd.verbs.lab import RANDOM
 
 BUDGETS = dataclasses.replace(RANDOM, rollouts=60, n_min=20, exit_tokens=800, target_se=1e-9)
@@ -77,6 +78,44 @@ def test_rollouts_begin_where_they_say(problem, name, tau) -> None:
         assert 0.7 * BUDGETS.exit_tokens < spent < 1.3 * BUDGETS.exit_tokens
     by_hand = count(seen.tree, seen.walks[rolled.rows], seen.process.success[rolled.rows], rolled.launch)
     np.testing.assert_array_equal(rolled.counts.pooled, by_hand.pooled)
+
+
+def test_spread_numbers_are_even_and_each_is_uniform(problem) -> None:
+    """Every 8 consecutive numbers of an exit fall about evenly; over exits and shifts they are uniform."""
+    tree, rng = problem.tree, np.random.default_rng(0)
+    number = np.zeros((len(tree.owner), tree.candidates.shape[1] + 1), np.int64)
+    number[2, 1], number[5, 0], number[3, -1] = 8, 3, 8
+    first = []
+    for _ in range(400):
+        sequences = SpreadNumbers(tree, rng)
+        drawn, more = sequences.next(number), sequences.next(number)
+        of_first = np.concatenate([drawn[:8], more[:8]])  # of the exit at node 2; then node 5's, then the rest
+        gaps = np.diff(np.sort(of_first), append=1 + of_first.min())
+        assert gaps.max() < 2.7 / 16  # 16 independent numbers leave gaps of 4 to 5 times 1/16
+        first.append(drawn[0])
+    assert stats.kstest(first, "uniform").pvalue > 1e-3
+
+
+def test_walks_by_spread_numbers_are_exact_and_less_noisy(problem) -> None:
+    process, rng = problem.process, np.random.default_rng(0)
+    start = np.zeros(100_000, np.int64)
+    rows = process.sample(start, rng, rng.random(len(start)))
+    mass = np.ones(len(process.sequences))
+    at = np.zeros(len(mass), np.int64)
+    for t in range(process.sequences.shape[1]):
+        at = process.first_child[at] + process.sequences[:, t]
+        mass *= process.p[at]
+    often = mass > 1e-3
+    seen = np.bincount(rows, minlength=len(mass))
+    observed, expected = np.append(seen[often], seen[~often].sum()), np.append(mass[often], mass[~often].sum())
+    assert stats.chisquare(observed, expected * len(start)).pvalue > 1e-3
+    even = [(rng.random() + np.arange(32) * 0.6180339887498949) % 1 for _ in range(1500)]
+    means = {
+        "even": [process.success[process.sample(start[:32], rng, u)].mean() for u in even],
+        "independent": [process.success[process.sample(start[:32], rng)].mean() for _ in even],
+    }
+    assert abs(np.mean(means["even"]) - process.value[0]) < 4 * np.std(means["even"]) / np.sqrt(1500)
+    assert np.var(means["even"]) < 0.85 * np.var(means["independent"])
 
 
 def test_a_decided_comparison_ends_the_spend(problem) -> None:

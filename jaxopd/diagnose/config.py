@@ -41,6 +41,8 @@ class DiagnoseConfig:
     """Exits: spend them for any teacher that may be added, not for the given ones."""
     decide: tuple[str, str] | None = None
     """Exits: two teachers; a question is also done when it is sure which has the larger global cosine."""
+    low_discrepancy: bool = False
+    """Exits: rollouts of an exit share their first random bits evenly; less noise, intervals too wide."""
     tau: float = 0.02
     """Probability from which student or teacher makes a token a candidate."""
     by_gradient: int = 20

@@ -1,9 +1,7 @@
 """Nodes of a question: its representative paths, what each model watches on them, and the teachers' scores there."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,9 +17,19 @@ from jaxopd.responses import response_hidden, response_log_probs, token_log_prob
 from jaxopd.tasks.contexts import TeacherSpec, choice_record
 from jaxopd.tree import PathTree, build_tree
 
-ANALYTIC = ("reverse_kl", "forward_kl", "jsd")  # forms that need no samples, so their fbar is known over V
 STUDENT = "student"
 AT_CANDIDATES = ("log_p", "log_q")
+
+
+def _of_log_probs(name: str) -> Callable:
+    return lambda log_p, log_q: FORMS[name](Position.create(log_p, log_q))
+
+
+ANALYTIC = {  # forms that need no samples, and fbar over the vocabulary from what scoring knows of P, Q and M
+    "reverse_kl": scoring.AnalyticForm(_of_log_probs("reverse_kl"), lambda known: -known.reverse_kl),
+    "forward_kl": scoring.AnalyticForm(_of_log_probs("forward_kl"), lambda known: np.ones_like(known.forward_kl)),
+    "jsd": scoring.AnalyticForm(_of_log_probs("jsd"), lambda known: -known.js_student / 2),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,28 +131,16 @@ def student_log_probs(session: Session, index: int, tree: PathTree) -> Float[np.
 
 def score(session: Session, chosen: list[int]) -> None:
     """Scores student and each teacher at every node: probabilities of the candidates, divergences, f and fbar."""
-    forms = {name: _over_vocabulary(name) for name in ANALYTIC}
     for name, spec in session.teachers.items():
         for index, piece in session.pieces(f"scores-{name}", chosen):
             tree, teacher = path_tree(session, index), teacher_model(session, spec)
             hidden_s = _hidden(session.student, session.prompts[index], tree)
             hidden_t = _hidden(teacher, teacher_prompt(session, spec, index), tree)
-            found = scoring.score_pair(session.student, teacher, hidden_s, hidden_t, tree.candidates, forms)
+            found = scoring.score_pair(session.student, teacher, hidden_s, hidden_t, tree.candidates, ANALYTIC)
             arrays = {field: np.asarray(getattr(found.statistics, field)) for field in (*AT_CANDIDATES, *PER_NODE)}
             for form, (f, fbar) in found.known.items():
                 arrays |= {f"f_{form}": np.asarray(f), f"fbar_{form}": np.asarray(fbar)}
             session.run.save(piece, arrays)
-
-
-@functools.cache
-def _over_vocabulary(name: str) -> Callable:
-    """Gives a form as a function of log P and log Q over V; the same object each time, so that it compiles once."""
-    form = FORMS[name]
-
-    def f(log_p: Any, log_q: Any) -> Any:
-        return form(Position.create(log_p, log_q))
-
-    return f
 
 
 def teacher_scores(session: Session, name: str, index: int) -> TeacherScores:

@@ -82,7 +82,8 @@ class Session:
                 f"{len(self.prompts[longest])} tokens, expected under the context of {context}"
             )
         facts = json.loads(json.dumps(dataclasses.asdict(config)))  # as it will be read: tuples are lists
-        self.run = RunFolder.create(out, facts | {"input_digest": self._input_digest()})
+        defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+        self.run = RunFolder.create(out, facts | {"input_digest": self._input_digest()}, defaults)
 
     def _rivals(self) -> tuple[int, int] | None:
         """The places of the two teachers to be told apart."""

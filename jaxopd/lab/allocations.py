@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.diagnose.launches import BATCH
 from jaxopd.gradients import logit_gradient
 from jaxopd.lab.problems import Problem
 from jaxopd.tree import Counts, Targets, count, paper_targets
-from jaxopd.tree.allocation import left_after, spend
+from jaxopd.tree.allocation import SpreadNumbers, left_after, spend
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,14 @@ class Rollouts:
         return count(self.problem.tree, self.problem.walks[self.rows], success, self.launch)
 
     def and_from(
-        self, start: Int[np.ndarray, " R"], launch: Int[np.ndarray, " R"], rng: np.random.Generator
+        self,
+        start: Int[np.ndarray, " R"],
+        launch: Int[np.ndarray, " R"],
+        rng: np.random.Generator,
+        spread: Float[np.ndarray, " R"] | None = None,
     ) -> "Rollouts":
         """Adds a rollout from each node `start` of the process, which was given `launch` tokens."""
-        more = self.problem.process.sample(start, rng)
+        more = self.problem.process.sample(start, rng, spread)
         return Rollouts(self.problem, np.concatenate([self.rows, more]), np.concatenate([self.launch, launch]))
 
 
@@ -92,9 +96,12 @@ def exits(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) ->
     rolled = until_paths(problem, config, rng)
     mean = float(problem.lengths[rolled.rows].mean())
 
+    sequences = SpreadNumbers(problem.tree, rng) if config.low_discrepancy else None
+
     def launch(number: np.ndarray) -> Counts:
         nonlocal rolled
-        rolled = rolled.and_from(*_exit_starts(problem, number, rng), rng)
+        spread = sequences.next(number) if sequences else None
+        rolled = rolled.and_from(*_exit_starts(problem, number, rng), rng, spread)
         return rolled.counts
 
     names = list(problem.log_q)

@@ -40,7 +40,7 @@ class Problem:
     @cached_property
     def q(self) -> Float[np.ndarray, "M N K"]:
         """The teachers' probabilities, in their order."""
-        return np.exp(np.stack(list(self.log_q.values())))
+        return np.exp(np.stack(list(self.log_q.values())), dtype=np.float64)
 
     @cached_property
     def log_p(self) -> Float[np.ndarray, "N K"]:

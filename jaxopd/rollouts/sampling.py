@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxopd.errors import InputError
 
+BELOW_ONE = 1 - 2.0**-24  # the largest float32 under 1
+SPREAD_BITS = 10.0  # of a rollout's choices that a spread number makes; a float has few more
+
 
 def seed_of(*names: object) -> int:
     """Makes a 32-bit seed of names: a draw depends on what it is for, never on what was drawn before."""
@@ -79,6 +82,13 @@ def tile_width(vocabulary: int) -> int:
     return dividing if 2 * dividing >= most else most
 
 
+def _tiled(logits: Float[Array, "B V"]) -> Float[Array, "B tiles width"]:
+    B, V = logits.shape
+    width = tile_width(V)
+    tiles = -(-V // width)
+    return jnp.pad(logits, ((0, 0), (0, tiles * width - V)), constant_values=-jnp.inf).reshape(B, tiles, width)
+
+
 def draw(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     """Draws one token a row from softmax(logits), each row with its own key."""
     return draw_scored(keys, logits)[0]
@@ -90,10 +100,7 @@ def draw_scored(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> tuple[In
     P(token) = P(tile) P(token | tile), so it is exact, for about 2 sqrt(V) random numbers a row instead of V.
     mode="high" spends two words a number: the default biases events under 1e-7.
     """
-    B, V = logits.shape
-    width = tile_width(V)
-    tiles = -(-V // width)
-    tiled = jnp.pad(logits, ((0, 0), (0, tiles * width - V)), constant_values=-jnp.inf).reshape(B, tiles, width)
+    tiled = _tiled(logits)
 
     def choose(key: Array, row: Array) -> Array:
         return jax.random.categorical(key, row, mode="high")
@@ -104,7 +111,36 @@ def draw_scored(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> tuple[In
     inside = jnp.take_along_axis(tiled, tile[:, None, None], 1)[:, 0]
     place = jax.vmap(choose)(token_keys, inside)
     log_prob = jnp.take_along_axis(inside, place[:, None], 1)[:, 0] - jax.nn.logsumexp(mass, -1)
-    return (tile * width + place).astype(jnp.int32), log_prob
+    return (tile * tiled.shape[-1] + place).astype(jnp.int32), log_prob
+
+
+def draw_spread(
+    spread: Float[Array, " B"], keys: Key[Array, " B"], logits: Float[Array, "B V"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
+    """Draws one token a row by inverting the distribution at `spread` in [0, 1); gives it, its log-prob, what is left.
+
+    What is left of a uniform number is uniform again and independent of the token (arithmetic decoding), so the same
+    number goes on to choose the next token. The inversion goes over tiles, then in one; `keys` fill the bits below a
+    float's.
+    """
+    V = logits.shape[1]
+    tiled = _tiled(logits)
+    mass = jax.nn.logsumexp(tiled, -1)
+    fresh = jax.vmap(jax.random.uniform)(keys) * 2.0**-24
+    tile, left = _inverted(spread + fresh, jax.nn.softmax(mass, -1))
+    inside = jnp.take_along_axis(tiled, tile[:, None, None], 1)[:, 0]
+    place, left = _inverted(left, jax.nn.softmax(inside, -1))
+    log_prob = jnp.take_along_axis(inside, place[:, None], 1)[:, 0] - jax.nn.logsumexp(mass, -1)
+    return jnp.minimum(tile * tiled.shape[-1] + place, V - 1).astype(jnp.int32), log_prob, left
+
+
+def _inverted(u: Float[Array, " B"], p: Float[Array, "B K"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Finds the event k with sum_{<k} p <= u < sum_{<=k} p, and u's place in it."""
+    upper = jnp.cumsum(p, -1)
+    u = jnp.minimum(u, BELOW_ONE) * upper[:, -1]  # rounding leaves the sum next to 1
+    event = (upper <= u[:, None]).sum(-1)
+    high, width = (jnp.take_along_axis(x, event[:, None], 1)[:, 0] for x in (upper, p))
+    return event, jnp.clip((u - high + width) / width, 0.0, BELOW_ONE)
 
 
 def log_prob(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> Float[Array, " B"]:

@@ -20,6 +20,7 @@ from jaxopd.tree.success import back_up, exit_values, proportion_variance
 PRIOR = 2.0  # pseudo-counts of an exit at its node's value where rollouts are spent; 1 where values are reported
 LEAST_POWER = 0.15  # of |g|^2, below which its noise is not subtracted
 ROUNDING = 1e-9  # of probabilities that sum to one
+GOLDEN = (5**0.5 - 1) / 2
 ROUNDS = 4  # of the allocation, each from what the ones before found
 SURE_AFTER = 2  # rounds before a standard error is believed
 
@@ -97,7 +98,7 @@ def on_decisions(
 ) -> Float[np.ndarray, "*batch N K"]:
     """Renormalises probabilities on S at nodes where S has two tokens or more; 0 elsewhere."""
     decision = compared & (compared.sum(1, keepdims=True) >= 2)
-    inside = np.where(decision, p, 0.0)
+    inside = np.where(decision, p, 0.0).astype(np.float64)
     return inside / np.maximum(inside.sum(-1, keepdims=True), 1e-300)
 
 
@@ -148,6 +149,28 @@ def _decided(cosine: Float[np.ndarray, " M"], covariance: Float[np.ndarray, "M M
     """Whether two cosines differ, at 5 % shared by the rounds after which one may look."""
     se = np.sqrt(max(0.0, covariance[a, a] + covariance[b, b] - 2 * covariance[a, b]))
     return bool(abs(cosine[a] - cosine[b]) > norm.isf(0.025 / (ROUNDS - SURE_AFTER)) * se)
+
+
+class SpreadNumbers:
+    """A number in [0, 1) for every rollout, those of an exit spread evenly: (U_e + i / golden ratio) mod 1.
+
+    U_e is random, so each rollout is an exact draw by itself; together they are less noisy than independent ones.
+    """
+
+    def __init__(self, tree: PathTree, rng: np.random.Generator):
+        N, K = tree.candidates.shape
+        self.first, self.drawn = rng.random((N, K + 1)), np.zeros((N, K + 1), np.int64)
+
+    def next(self, number: Int[np.ndarray, "N K1"]) -> Float[np.ndarray, " R"]:
+        """Gives the next `number` of each exit: exits of candidates in order of (node, slot), then rests by node."""
+        node, slot = np.nonzero(number[:, :-1])
+        rest = np.flatnonzero(number[:, -1])
+        node, slot = np.append(node, rest), np.append(slot, np.full(len(rest), number.shape[1] - 1))
+        many = number[node, slot]
+        within = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+        turn = np.repeat(self.drawn[node, slot], many) + within
+        self.drawn += number
+        return (np.repeat(self.first[node, slot], many) + turn * GOLDEN) % 1.0
 
 
 def left_after(tree: PathTree, mean_length: float) -> Float[np.ndarray, " N"]:

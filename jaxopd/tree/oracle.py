@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxopd.rollouts.sampling import SPREAD_BITS
 from jaxopd.tree.paths import PathTree
+
+LARGEST = 1 - 1e-12  # below 1
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,25 @@ class FiniteMDP:
             token, parent, p, first_child, children, row, value, cumulative, sequences, np.asarray(success, bool)
         )
 
-    def sample(self, start: Int[np.ndarray, " R"], rng: np.random.Generator) -> Int[np.ndarray, " R"]:
-        """Walks from each start node to a leaf; gives the leaves' sequence rows."""
+    def sample(
+        self, start: Int[np.ndarray, " R"], rng: np.random.Generator, spread: Float[np.ndarray, " R"] | None = None
+    ) -> Int[np.ndarray, " R"]:
+        """Walks from each start node to a leaf; gives the leaves' sequence rows.
+
+        With `spread`, in [0, 1), its digits choose the first SPREAD_BITS bits of a walk, as in `draw_spread`.
+        """
         at = start.copy()
-        moving = self.row[at] < 0
-        while moving.any():
-            here = at[moving]
-            at[moving] = np.searchsorted(self.cumulative, here + rng.random(len(here)), side="right")
-            moving = self.row[at] < 0
+        digits = np.full(len(at), -1.0) if spread is None else spread.copy()  # -1: used up
+        bits = np.zeros(len(at))
+        while (moving := np.flatnonzero(self.row[at] < 0)).size:
+            here, fresh = at[moving], rng.random(len(moving))
+            u = np.where(digits[moving] >= 0, digits[moving], fresh)
+            child = np.searchsorted(self.cumulative, here + u, side="right")
+            if spread is not None:
+                bits[moving] -= np.log2(self.p[child])
+                left = np.clip((u - (self.cumulative[child] - here)) / self.p[child] + 1, 0, LARGEST)
+                digits[moving] = np.where((digits[moving] >= 0) & (bits[moving] < SPREAD_BITS), left, -1.0)
+            at[moving] = child
         return self.row[at]
 
     def along(self, tree: PathTree) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, "N K"]]:
