@@ -1,7 +1,7 @@
 """Where tokens may be spent on an exact problem: the instrument's own allocations, replayed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -141,4 +141,11 @@ def _exit_starts(problem: Problem, number: Int[np.ndarray, "N K1"], rng: np.rand
     return np.concatenate(start), np.concatenate(depth) + 1
 
 
-ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType({"paper": paper, "exits": exits, "uniform": uniform})
+def even_exits(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) -> Rollouts:
+    """Exits with low-discrepancy rollouts."""
+    return exits(problem, replace(config, low_discrepancy=True), rng)
+
+
+ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType(
+    {"paper": paper, "exits": exits, "even exits": even_exits, "uniform": uniform}
+)

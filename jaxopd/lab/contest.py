@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Contest:
-    """What is compared: estimators of P_succ, gradient forms, and a summary of alignment."""
+    """What is compared: estimators of P_succ, gradient forms beside reverse KL, and a summary of alignment."""
 
     entries: Sequence[Entry]
     estimators: Mapping[str, Estimator]
@@ -68,9 +68,9 @@ class Contest:
                 success += _success_errors(problem, entry, drawn)
                 aggregates += self._aggregate_errors(problem, entry, drawn)
         progress("contest", len(problems), len(problems))
-        if not success:
+        if not aggregates:
             raise InputError("lab: found no problem, expected at least one")
-        return Errors(pd.concat(success, ignore_index=True), pd.concat(aggregates, ignore_index=True))
+        return Errors(*(pd.concat([pd.DataFrame(), *part], ignore_index=True) for part in (success, aggregates)))
 
     def _draw(self, problem: Problem, entry: Entry, rng: np.random.Generator) -> "Drawn":
         rolled = [ALLOCATIONS[entry.allocation](problem, entry.config, rng) for _ in range(self.replicates)]
@@ -90,23 +90,15 @@ class Contest:
         found = []
         for which, judged in sets.items():
             aims = self._aggregates(problem, drawn, judged, true)
+            if which == FIXED and self.aggregate == "global":
+                found.append(_cleaned(problem, entry, drawn, aims["reverse_kl"]))
             for name, estimates in drawn.estimates.items():
                 value = np.stack([estimate.value for estimate in estimates])
                 known = judged & np.isfinite(value)
                 got = self._aggregates(problem, drawn, known, np.nan_to_num(value))
                 for form, aim in aims.items():
                     found.append(_rows(problem, entry, drawn, name, form, which, got[form], aim))
-        if self.aggregate == "global":
-            found.append(self._cleaned(problem, entry, drawn, compared, true))
         return found
-
-    def _cleaned(self, problem, entry, drawn, compared, true) -> pd.DataFrame:
-        """The estimate that `diagnose --allocation exits` reports, with its interval."""
-        aim = self._aggregates(problem, drawn, compared, true, {"reverse_kl": FORMS["reverse_kl"]})["reverse_kl"]
-        exits = problem.exits(entry.config.tau)
-        measured = [global_cosines(exits, counts) for counts in drawn.counts]
-        got, covariance = (np.stack(x) for x in zip(*measured, strict=True))
-        return _rows(problem, entry, drawn, CLEANED, "reverse_kl", FIXED, got, aim, covariance)
 
     def _aggregates(
         self,
@@ -114,10 +106,9 @@ class Contest:
         drawn: "Drawn",
         judged: Bool[np.ndarray, "R N K"],
         success: Float[np.ndarray, "R N K"],
-        forms: Mapping[str, Form] | None = None,
     ) -> dict[str, Float[np.ndarray, "R M"]]:
         """Summarises each form's alignment per replicate and teacher."""
-        forms = self.forms if forms is None else forms
+        forms = {"reverse_kl": FORMS["reverse_kl"], **self.forms}
         R, N, _ = judged.shape
         columns = {name: [] for name in forms}
         for teacher in problem.log_q:
@@ -206,6 +197,14 @@ def _success_errors(problem: Problem, entry: Entry, drawn: Drawn) -> list[pd.Dat
         table = pd.DataFrame({k: np.ma.filled(v.astype(float), np.nan) for k, v in columns.items()})
         tables.append(table.assign(**facts, estimator=name, tokens=drawn.tokens.mean(), known=known.mean(0)))
     return tables
+
+
+def _cleaned(problem: Problem, entry: Entry, drawn: Drawn, aim: Float[np.ndarray, "R M"]) -> pd.DataFrame:
+    """The global cosine that `diagnose --allocation exits` reports, with its interval."""
+    exits = problem.exits(entry.config.tau)
+    measured = [global_cosines(exits, counts) for counts in drawn.counts]
+    got, covariance = (np.stack(x) for x in zip(*measured, strict=True))
+    return _rows(problem, entry, drawn, CLEANED, "reverse_kl", FIXED, got, aim, covariance)
 
 
 def _facts(problem: Problem, entry: Entry) -> dict[str, str]:

@@ -1,16 +1,20 @@
 """Questions whose every success probability is exact: finite decision processes, of recorded runs or at random."""
 
+import dataclasses
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.diagnose.demonstrations import teacher_prompt
 from jaxopd.diagnose.launches import response_parts
-from jaxopd.diagnose.nodes import representative_paths, teacher_model
-from jaxopd.diagnose.session import Session
+from jaxopd.diagnose.nodes import included, representative_paths, teacher_model
+from jaxopd.diagnose.session import Progress, Session
+from jaxopd.errors import InputError
 from jaxopd.responses import response_hidden, response_log_probs, token_log_probs
+from jaxopd.runs import RunFolder
 from jaxopd.tree import PathTree, Walks, build_tree, walk
 from jaxopd.tree.allocation import ExitProblem, unit_gradients
 from jaxopd.tree.oracle import FiniteMDP
@@ -84,6 +88,24 @@ class Problem:
         log_q = {name: at(x, -np.inf) for name, x in self.log_q.items()}
         seen = {"tree": tree, "after": at(self.after, -1), "p": at(self.p, 0.0), "log_q": log_q}
         return replace(self, **seen, walks=walk(tree, self.process.sequences))
+
+
+def recorded_problems(run: str, progress: Progress = lambda stage, done, total: None) -> list[Problem]:
+    """Makes the questions of a finished run exact, with the candidates its diagnosis had.
+
+    Raises InputError where there is no such run, or no question of it has paths of both outcomes.
+    """
+    known = RunFolder.existing(run).config() or {}
+    fields = {f.name: known[f.name] for f in dataclasses.fields(DiagnoseConfig) if f.name in known}
+    session = Session(DiagnoseConfig(**fields | {"teacher": tuple(fields["teacher"])}), run, progress)
+    chosen, problems = included(session), []
+    for index in chosen:
+        progress("problems", len(problems), len(chosen))
+        problems.append(recorded_problem(session, index).watching(session.config.tau))
+    progress("problems", len(problems), len(chosen))
+    if not problems:
+        raise InputError(f"{run}: found no question with paths of both outcomes, expected at least one")
+    return problems
 
 
 def recorded_problem(session: Session, index: int) -> Problem:

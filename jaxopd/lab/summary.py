@@ -81,31 +81,29 @@ def _ranking(pairs: pd.DataFrame) -> float:
     return float((np.sign(apart["value"]) == np.sign(apart["truth"])).mean()) if len(apart) else np.nan
 
 
-def saving_table(errors: Errors, allocation: str = "exits") -> pd.DataFrame:
-    """Tokens at equal error: the paper's largest budget against `allocation`, by interpolating log error in log tokens.
+def saving_table(errors: Errors) -> pd.DataFrame:
+    """Tokens at equal error: the paper's allocation against each other, by interpolating log error in log tokens.
 
     Over all questions (root mean square) and for the median question. Where the smallest budget already errs less,
     the saving is at least what is printed; where the largest errs more, it is not reached (NaN).
     """
     curves = errors.aggregates[errors.aggregates["form"] == "reverse_kl"]
-    ours = curves[(curves["allocation"] == allocation) & (curves["estimator"] == CLEANED)]
     theirs = curves[curves["allocation"] == "paper"]
-    if not len(ours) or not len(theirs):
-        return pd.DataFrame()
-    largest = theirs.loc[theirs["tokens"].idxmax(), "budget"]
     rows = []
-    for (estimator, which), base in theirs[theirs["budget"] == largest].groupby(["estimator", "set"], sort=False):
-        for difference, name in ((False, "cosine"), (True, "difference")):
-            over = base[base["difference"] == difference], ours[ours["difference"] == difference]
-            whole = _saving(*over)
+    for allocation in [name for name in curves["allocation"].unique() if name != "paper"]:
+        ours = curves[(curves["allocation"] == allocation) & (curves["estimator"] == CLEANED)]
+        for (*place, difference), base in theirs.groupby(["budget", "estimator", "set", "difference"], sort=False):
+            over = base, ours[ours["difference"] == difference]
+            whole, tokens = _saving(*over), base["tokens"].mean()
             each = [_saving(*(x[x["question"] == question] for x in over)) for question in base["question"].unique()]
             rows.append(
                 {
-                    "against": f"{estimator}, {which}",
-                    "of": name,
-                    "their tokens": base["tokens"].mean(),
-                    "their rmse": np.hypot(*_bias_and_sd(over[0])),
-                    "our tokens": base["tokens"].mean() / whole,
+                    "allocation": allocation,
+                    **dict(zip(("against", "estimator", "set"), place, strict=True)),
+                    "of": "difference" if difference else "cosine",
+                    "their tokens": tokens,
+                    "their rmse": np.hypot(*_bias_and_sd(base)),
+                    "our tokens": tokens / whole,
                     "saving": whole,
                     "median question": float(np.median(np.nan_to_num(each, nan=0.0))) or np.nan,
                 }

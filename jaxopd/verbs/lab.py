@@ -8,7 +8,6 @@ import tyro
 from rich.console import Console
 
 from jaxopd.diagnose import DiagnoseConfig
-from jaxopd.errors import InputError
 from jaxopd.verbs.console import as_table, bars
 
 SAMPLED = ("single_sample", "minillm", "dr_grpo", "dr_grpo_std")  # forms without an exact gradient
@@ -39,7 +38,8 @@ class Lab:
     n_min: tuple[int, ...] = (100, 25)
     """The paper's allocation: visits to which targets are raised."""
     tokens: tuple[int, ...] = (1000, 4000, 16000)
-    """Exits and uniform: tokens spent on a question after its initial rollouts."""
+    """Exits, even exits (low-discrepancy rollouts) and uniform: tokens spent on a question after its initial
+    rollouts."""
     target_se: float | None = None
     """Exits: stop at this standard error; by default the tokens are spent."""
     seed: int = 0
@@ -51,7 +51,7 @@ class Lab:
         from jaxopd.gradients import FORMS
         from jaxopd.lab.contest import Contest
         from jaxopd.lab.own import load_own
-        from jaxopd.lab.problems import random_problem
+        from jaxopd.lab.problems import random_problem, recorded_problems
         from jaxopd.lab.summary import aggregate_table, form_table, saving_table, success_table
         from jaxopd.tree import ESTIMATORS
 
@@ -60,15 +60,14 @@ class Lab:
         contest = Contest(
             self._entries(),
             {**ESTIMATORS, **dict(load_own(place) for place in self.estimator)},
-            {"reverse_kl": FORMS["reverse_kl"], **own_forms},
+            own_forms,
             load_own(self.aggregate)[1] if ":" in self.aggregate else self.aggregate,
             self.replicates,
             self.seed,
         )
         with bars(console) as report:
-            if self.runs:
-                problems = self._recorded(report)
-            else:
+            problems = [problem for run in self.runs for problem in recorded_problems(run, report)]
+            if not self.runs:
                 draws = [np.random.default_rng([self.seed, n]) for n in range(self.problems)]
                 problems = [random_problem(f"random-{n}", rng) for n, rng in enumerate(draws)]
             errors = contest.run(problems, report)
@@ -92,32 +91,13 @@ class Lab:
             errors.aggregates.to_csv(Path(self.out) / "errors_aggregates.csv", index=False)
 
     def _entries(self):
-        """The paper's allocation at each N_min, exits and uniform at each number of tokens."""
+        """The paper's allocation at each N_min, the others at each number of tokens."""
         from jaxopd.lab.contest import Entry
 
         entries = [Entry("paper", f"N_min {n}", dataclasses.replace(RANDOM, n_min=n)) for n in self.n_min]
         se = 1e-9 if self.target_se is None else self.target_se  # never reached: all tokens are spent
-        for allocation in ("exits", "uniform"):
+        for allocation in ("exits", "even exits", "uniform"):
             for tokens in self.tokens:
                 config = dataclasses.replace(RANDOM, exit_tokens=tokens, target_se=se)
                 entries.append(Entry(allocation, f"{tokens} tokens", config))
         return entries
-
-    def _recorded(self, report) -> list:
-        from jaxopd.diagnose.nodes import included
-        from jaxopd.diagnose.session import Session
-        from jaxopd.lab.problems import recorded_problem
-        from jaxopd.runs import RunFolder
-
-        problems = []
-        for folder in self.runs:
-            known = RunFolder.existing(folder).config() or {}
-            fields = {f.name: known[f.name] for f in dataclasses.fields(DiagnoseConfig) if f.name in known}
-            session = Session(DiagnoseConfig(**fields | {"teacher": tuple(fields["teacher"])}), folder, report)
-            chosen = included(session)
-            for done, index in enumerate(chosen):
-                problems.append(recorded_problem(session, index).watching(session.config.tau))
-                report("problems", done + 1, len(chosen))
-        if not problems:
-            raise InputError(f"{self.runs[0]}: found no question with paths of both outcomes, expected at least one")
-        return problems
