@@ -22,6 +22,7 @@ CONFIG = DiagnoseConfig(
     student=str(MODELS / "S"),
     teacher=("Self-1C=self:1c", f"T2={MODELS / 'T2'}"),
     task="toy",
+    allocation="paper",
     questions="all:1:3",
     rollouts=80,
     n_min=30,
@@ -86,6 +87,42 @@ def test_alignment_recomputed_from_the_token_table(tables) -> None:
     assert compared > 20
 
 
+def test_sampled_forms_recomputed_from_the_token_table(tables) -> None:
+    """(1/N) sum_i w_i (delta - P) over the tokens of S_u, in float64, for two kinds of weight w."""
+    nodes, tokens = tables["nodes"], tables["tokens"]
+    chosen = nodes[(nodes.teacher == "T2") & (nodes.estimator == "bellman") & nodes.decision]
+    compared = 0
+    for row in chosen.itertuples():
+        here = tokens[(tokens.question == row.question) & (tokens.path == row.path) & (tokens.t == row.t)]
+        here = here[(here.visits >= CONFIG.n_sig) & here.p_succ_bellman.notna()].astype({"samples": float})
+        n, mass = here.samples.to_numpy(), (here.p.sum(), here.q_T2.sum())
+        p = here.p.to_numpy(float) / mass[0]
+        ideal = p * (here.p_succ_bellman - p @ here.p_succ_bellman)
+        to_go = here.reward_to_go_T2 + np.log(mass[0] / mass[1]) - 1
+        for form, w in (("minillm", to_go), ("dr_grpo", here.sample_advantage)):
+            ascent = n * w - p * (n @ w)
+            if np.linalg.norm(ideal) > 1e-3 and np.linalg.norm(ascent) > 1e-3:
+                cosine = ideal @ ascent / np.linalg.norm(ideal) / np.linalg.norm(ascent)
+                np.testing.assert_allclose(getattr(row, f"align_{form}"), cosine, atol=2e-3)
+                compared += 1
+    assert compared > 20
+
+
+def test_launches_are_counted_where_they_went(tables) -> None:
+    nodes, tokens = tables["nodes"], tables["tokens"]
+    spine = nodes.drop_duplicates(["question", "path", "t"]).sort_values(["question", "path", "t"])
+    before = {}
+    for place, path in spine.groupby(["question", "path"]):
+        taken = tuple(path.token)
+        before |= {(*place, t): taken[:t] for t in range(len(taken))}
+    prefix = [before[place] for place in zip(tokens.question, tokens.path, tokens.t, strict=True)]
+    once = tokens.assign(prefix=prefix).drop_duplicates(
+        ["question", "prefix", "token"]
+    )  # paths share their first nodes
+    targeted = tables["questions"].set_index("question").n_targeted
+    assert once.groupby("question").launches.sum().to_dict() == targeted[targeted > 0].to_dict()
+
+
 def test_values_are_in_their_ranges(tables) -> None:
     nodes = tables["nodes"]
     for name in (c for c in nodes if c.startswith("align_")):
@@ -124,8 +161,13 @@ def test_lost_pieces_come_back_the_same(folder, tmp_path) -> None:
     assert contents(again) == contents(folder)
 
 
-def test_exits_take_fewer_rollouts_and_none_on_a_path(folder, tmp_path) -> None:
-    config = dataclasses.replace(CONFIG, allocation="exits", exit_tokens=4000, target_se=0.02, limit=2)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"low_discrepancy": True, "teacher_agnostic": True, "decide": ("Self-1C", "T2")}],
+    ids=["plain", "even, agnostic, decided"],
+)
+def test_exits_take_fewer_rollouts_and_none_on_a_path(folder, tmp_path, options) -> None:
+    config = dataclasses.replace(CONFIG, allocation="exits", exit_tokens=4000, target_se=0.02, limit=2, **options)
     run = diagnose(config, str(tmp_path / "exits"))
     questions, cosines = (run.read_table(f"records/{name}.parquet") for name in ("questions", "cosines"))
     paper = pd.read_parquet(folder / "records" / "questions.parquet")

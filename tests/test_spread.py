@@ -1,11 +1,16 @@
 """Low-discrepancy draws: each is exact by itself, what is left of its number is as good as new."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
+from jaxopd.models import QwenConfig, init_model, logits
+from jaxopd.models.sharding import data_mesh
+from jaxopd.rollouts import Engine, Requests, Sampling
 from jaxopd.rollouts.sampling import draw_spread, request_keys
 
 DRAWS = 100_000
@@ -48,3 +53,40 @@ def test_what_is_left_is_uniform_whatever_was_drawn(drawn) -> None:
     assert ((left >= 0) & (left < 1)).all()
     for k in np.argsort(-p)[:3]:
         assert stats.kstest(left[token == k], "uniform").pvalue > 1e-4
+
+
+def test_the_engine_draws_what_the_numbers_say() -> None:
+    """Each first token is the one at its number in a forward pass's distribution; others draw as without numbers."""
+    model = init_model(QwenConfig(97, 48, 96, 2, 4, 2, 16, max_positions=64, initializer_range=0.3), seed=1)
+    trunk = np.random.default_rng(0).integers(0, 97, 9)
+    spread = np.random.default_rng(1).random(48).astype(np.float32)
+    plain = Requests.continuations([trunk], 48)
+    rolled = Engine(model, slots=16).run([trunk], dataclasses.replace(plain, spread=spread), Sampling(12, seed=3))
+    p = np.asarray(jax.nn.softmax(logits(model, trunk[None])[0, -1]), np.float64)
+    expected = np.searchsorted(np.cumsum(p), spread, side="right")
+    assert (rolled.tokens[:, 0] == expected).mean() > 0.97  # but where rounding decides
+    again = Engine(model, slots=7, mesh=data_mesh(1)).run(
+        [trunk], dataclasses.replace(plain, spread=spread), Sampling(12, seed=3)
+    )
+    np.testing.assert_array_equal(again.tokens, rolled.tokens)
+    freely = Engine(model, slots=16).run([trunk], plain, Sampling(12, seed=3))
+    assert (freely.tokens != rolled.tokens).any()
+
+
+def test_continuations_by_even_numbers_are_exact_and_less_noisy() -> None:
+    """The mean of a function of three tokens, over many random shifts, against every sequence; and its variance."""
+    model = init_model(QwenConfig(5, 16, 32, 1, 2, 1, 8, max_positions=32, initializer_range=0.7), seed=2)
+    trunk, n, shifts = np.array([1, 2, 3]), 16, 60
+    every = np.stack(np.unravel_index(np.arange(125), (5, 5, 5)), 1)
+    log_p = np.asarray(jax.nn.log_softmax(logits(model, np.concatenate([np.tile(trunk, (125, 1)), every], 1))[:, 2:5]))
+    mass = np.exp(np.take_along_axis(log_p, every[:, :, None], 2)[..., 0].sum(1, dtype=np.float64))
+    value = np.random.default_rng(0).normal(size=(5, 5, 5))
+    truth = (mass * value[tuple(every.T)]).sum()
+    rng, plain = np.random.default_rng(4), Requests.continuations([trunk], n * shifts)
+    even = ((rng.random((shifts, 1)) + np.arange(n)[None] * 0.6180339887498949) % 1).ravel().astype(np.float32)
+    engine, means = Engine(model, slots=64, mesh=data_mesh(1)), {}
+    for name, spread in (("even", even), ("independent", None)):
+        rolled = engine.run([trunk], dataclasses.replace(plain, spread=spread), Sampling(3, seed=6))
+        means[name] = value[tuple(rolled.tokens.T)].reshape(shifts, n).mean(1)
+    assert abs(means["even"].mean() - truth) < 4 * means["even"].std() / np.sqrt(shifts)
+    assert means["even"].var() < 0.6 * means["independent"].var()

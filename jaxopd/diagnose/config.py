@@ -5,12 +5,13 @@ from typing import Literal
 
 from jaxopd.errors import InputError
 
+RESPONSES = 600  # in tokens of the mean one, that exits may take at most
 WATCHED = 64  # tokens a model can watch at a node; above tau = .02 there are at most 50
 
 
 @dataclasses.dataclass(frozen=True)
 class DiagnoseConfig:
-    """What is measured, and with which budgets; the defaults are paper A's."""
+    """What is measured, and with which budgets; with `allocation="paper"` the defaults are paper A's."""
 
     student: str
     """Hugging Face folder or hub id of the student."""
@@ -31,12 +32,12 @@ class DiagnoseConfig:
     """G, initial rollouts a question."""
     paths: int = 2
     """Representative paths of each outcome, correct and incorrect."""
-    allocation: Literal["paper", "exits"] = "paper"
-    """Where targeted rollouts go: paper A's windows and budgets, or the exits that lower the error most."""
+    allocation: Literal["paper", "exits"] = "exits"
+    """Where targeted rollouts go: the exits that lower the error most, or paper A's windows and budgets."""
     target_se: float = 0.04
     """Exits: standard error of each teacher's global cosine at which a question is done."""
-    exit_tokens: int = 20000
-    """Exits: tokens spent at most on a question's targeted rollouts."""
+    exit_tokens: int | None = None
+    """Exits: tokens spent at most on a question's targeted rollouts; by default those of 600 mean responses."""
     teacher_agnostic: bool = False
     """Exits: spend them for any teacher that may be added, not for the given ones."""
     decide: tuple[str, str] | None = None
@@ -72,6 +73,10 @@ class DiagnoseConfig:
     seed: int = 0
     """Seed of every draw."""
 
+    def exit_budget(self, mean_length: float) -> float:
+        """Tokens that exits may take, where a response has `mean_length` of them."""
+        return RESPONSES * mean_length if self.exit_tokens is None else self.exit_tokens
+
     @property
     def targeting(self) -> dict[str, float | int]:
         """The budgets of `paper_targets`."""
@@ -86,7 +91,7 @@ class DiagnoseConfig:
         if not 0 < self.target_se < float("inf"):
             raise InputError(f"target_se: found {self.target_se}, expected a number above 0")
         for name in ("by_gradient", "by_difference", "truth_rollouts", "exit_tokens"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected 0 or more")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit: found {self.limit}, expected at least 1")

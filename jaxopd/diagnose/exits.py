@@ -14,7 +14,7 @@ from jaxopd.diagnose.launches import joined, launch, rollout_counts
 from jaxopd.diagnose.nodes import path_tree, student_hidden, teacher_scores
 from jaxopd.diagnose.session import Session
 from jaxopd.tree import Counts, PathTree, Targets
-from jaxopd.tree.allocation import ExitProblem, global_cosines, spend, unit_gradients
+from jaxopd.tree.allocation import ExitProblem, SpreadNumbers, global_cosines, spend, unit_gradients
 from jaxopd.tree.success import Z95
 
 NO_LAUNCHES = {
@@ -38,18 +38,20 @@ def _spent(session: Session, index: int) -> list[dict[str, np.ndarray]]:
     rolled, _ = session.run.load(f"rollouts/{index:05d}")
     rng = np.random.default_rng(session.seed("enrichment", index))
     rounds: list[dict[str, np.ndarray]] = []
+    numbers = SpreadNumbers(tree, rng) if config.low_discrepancy else None
 
     def launch_round(number: Int[np.ndarray, "N K1"]) -> Counts:
-        targets = _targets(session, index, tree, number, rng)
-        rounds.append(launch(session, index, tree, targets, f"enrichment-{len(rounds)}"))
+        targets, spread = _targets(session, index, tree, number, rng), numbers and numbers.next(number)
+        rounds.append(launch(session, index, tree, targets, f"enrichment-{len(rounds)}", spread))
         return rollout_counts(tree, rolled, *rounds)
 
+    mean = float((rolled["tokens"] >= 0).sum(1).mean())
     spend(
         exit_problem(session, index),
         rollout_counts(tree, rolled),
-        float((rolled["tokens"] >= 0).sum(1).mean()),
+        mean,
         launch_round,
-        tokens=config.exit_tokens,
+        tokens=config.exit_budget(mean),
         target_se=config.target_se,
         teacher_agnostic=config.teacher_agnostic,
         decide=session.rivals,

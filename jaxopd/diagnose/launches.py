@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxopd.diagnose.nodes import path_tree, student_log_probs, teacher_scores
 from jaxopd.diagnose.session import Session
@@ -77,8 +78,18 @@ def enrich(session: Session, chosen: list[int]) -> None:
         session.run.save(piece, launch(session, index, tree, targets, "enrichment"))
 
 
-def launch(session: Session, index: int, tree: PathTree, targets: Targets, stage: str) -> dict[str, np.ndarray]:
-    """Runs targeted rollouts and grades them; gives whole responses, their grades and launch depths."""
+def launch(
+    session: Session,
+    index: int,
+    tree: PathTree,
+    targets: Targets,
+    stage: str,
+    spread: Float[np.ndarray, " R"] | None = None,
+) -> dict[str, np.ndarray]:
+    """Runs targeted rollouts and grades them; gives whole responses, their grades and launch depths.
+
+    `spread` numbers choose the rollouts' first tokens, in the order of the targets.
+    """
     prompt, number = session.prompts[index], targets.number
     limit = min(session.config.max_tokens, session.student.config.max_positions - len(prompt))
     path, depth, token = (np.repeat(x, number) for x in (targets.path, targets.depth, targets.token))
@@ -92,7 +103,8 @@ def launch(session: Session, index: int, tree: PathTree, targets: Targets, stage
     if len(alive):
         trunks = [np.concatenate([prompt, tree.tokens[a, :n]]) for a, n in enumerate(tree.length)]
         cut, left = len(prompt) + depth[alive], limit - depth[alive] - 1
-        requests = Requests(path[alive], cut, token[alive], alive, limit=left)
+        spread = None if spread is None else spread[alive].astype(np.float32) % 1.0  # a float32 may round up to 1
+        requests = Requests(path[alive], cut, token[alive], alive, left, spread)
         rolled = session.engine(session.config.student).run(trunks, requests, session.sampling(stage, index))
         row, step = np.nonzero(rolled.tokens >= 0)
         responses[alive[row], depth[alive][row] + 1 + step] = rolled.tokens[row, step]

@@ -110,7 +110,7 @@ def exits(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) ->
         rolled.counts,
         mean,
         launch,
-        tokens=config.exit_tokens,
+        tokens=config.exit_budget(mean),
         target_se=config.target_se,
         rng=rng,
         teacher_agnostic=config.teacher_agnostic,
@@ -122,9 +122,10 @@ def exits(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) ->
 def uniform(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) -> Rollouts:
     """The same tokens spread evenly over the exits."""
     rolled = until_paths(problem, config, rng)
-    length = left_after(problem.tree, float(problem.lengths[rolled.rows].mean()))[:, None]
+    mean = float(problem.lengths[rolled.rows].mean())
+    length = left_after(problem.tree, mean)[:, None]
     exists = problem.exits(config.tau).mass > 0
-    each = config.exit_tokens / max(1.0, float((exists * length).sum()))
+    each = config.exit_budget(mean) / max(1.0, float((exists * length).sum()))
     number = np.where(exists, np.floor(each + rng.random(exists.shape)), 0).astype(np.int64)
     return rolled.and_from(*_exit_starts(problem, number, rng), rng)
 

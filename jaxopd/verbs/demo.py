@@ -89,6 +89,7 @@ def toy_config(student: str, questions: int, seed: int, *, truth_rollouts: int) 
         task="toy",
         questions=f"all:{questions}:{seed + 1}",
         large=str(toy.MODELS / "X"),
+        allocation="paper",
         max_tokens=80,
         truth_rollouts=truth_rollouts,
         seed=seed,
