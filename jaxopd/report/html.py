@@ -1,7 +1,8 @@
 """The self-contained page: records, tables and plots in one file that asks nothing of the network.
 
 Everything a model wrote is untrusted. Jinja escapes it, JSON for the script has its angle brackets escaped, control and
-bidirectional characters are shown as code points, and the content security policy lets only this page's own script run.
+bidirectional characters are shown as code points, and the content security policy lets only this page's own script run,
+and the scripts beside it where it has any.
 """
 
 import base64
@@ -12,16 +13,18 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from jaxopd.report.explorer import Explorer
 from jaxopd.report.plots import adaptive
 from jaxopd.report.records import ESTIMATORS, Records, is_excluded
 from jaxopd.report.tables import Table
-from jaxopd.report.tokens import explorer, visible
+from jaxopd.report.text import script_json, visible
 
-OURS = ("report.css", "report.js")  # enter the page unescaped
+# Ours: they enter the page unescaped.
+STYLE, SCRIPTS = "report.css", ("explorer.js", "node.js", "tree.js", "table.js", "hands.js")
 
 
-def render(records: Records, tables: list[Table], plots: dict[str, str]) -> str:
-    """Render report.html from the records, the tables and the plots (SVG text by name)."""
+def render(records: Records, tables: list[Table], plots: dict[str, str], explorer: Explorer) -> str:
+    """Render report.html from the records, the tables, the plots (SVG text by name) and the explorer's data."""
     env = Environment(
         loader=PackageLoader("jaxopd.report"),
         autoescape=True,
@@ -29,9 +32,11 @@ def render(records: Records, tables: list[Table], plots: dict[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
     env.filters["visible"] = visible
-    style, script = (files("jaxopd.report").joinpath("templates", name).read_text("utf-8") for name in OURS)
+    style, *scripts = (
+        files("jaxopd.report").joinpath("templates", name).read_text("utf-8") for name in (STYLE, *SCRIPTS)
+    )
+    script = "\n".join(scripts)
     return env.get_template("report.html.jinja").render(
         style=style,
         script=script,
@@ -46,7 +51,8 @@ def render(records: Records, tables: list[Table], plots: dict[str, str]) -> str:
             (name, ESTIMATORS.get(name, "an estimator without a description here")) for name in records.estimators
         ],
         estimator=records.estimator,
-        explorer=explorer(records),
+        head=script_json(explorer.head),
+        explorer=explorer,
         reasons=records.questions.loc[is_excluded(records.questions), "excluded"].value_counts().to_dict(),
     )
 

@@ -36,7 +36,8 @@ COLUMNS = {
     ],
     "paths": ["question", "path", "correct", "length", "finish", "text"],
     "nodes": [
-        *("question", "path", "path_correct", "t", "text", "teacher", "estimator", "decision", "support", "visits"),
+        *("question", "path", "path_correct", "t", "token", "text", "teacher", "estimator", "decision", "support"),
+        *("visits", "reverse_kl", "js", "entropy_student", "entropy_teacher"),
         *(
             "p",
             "q",
@@ -50,7 +51,7 @@ COLUMNS = {
             "align_reverse_kl",
         ),
     ],
-    "tokens": ["question", "path", "t", "text", "p", "visits"],
+    "tokens": ["question", "path", "t", "token", "text", "p", "visits"],
 }
 
 
