@@ -4,9 +4,10 @@
 
 The decode phase of Qwen3's shapes in bfloat16 with random weights: sequences that continue one shared trunk, or a
 prompt each. Contestants hold the same trunk, draw the same number of tokens at temperature 1, and start with their
-caches filled. `unshared` is this engine with a copy of the trunk for every sequence. On a CPU: 32 sequences of
-Qwen3-0.6B; on an accelerator 256 of 0.6B to 8B, and two public workloads end to end. Cases start until the minutes are
-over, the most telling first; what does not fit in memory says so.
+caches filled. `unshared` is this engine with a copy of the trunk for every sequence, `no trunk kernel` with plain XLA
+products over the one copy. On a CPU: 32 sequences of Qwen3-0.6B; on an accelerator 256 of 0.6B to 8B, and two public
+workloads end to end. Cases start until the minutes are over, the most telling first; what does not fit in memory says
+so.
 """
 
 import time
@@ -23,7 +24,6 @@ from benchmarking import (
     Measurement,
     Result,
     arguments,
-    exponent,
     interleaved,
     machine_floor,
     progress,
@@ -36,7 +36,8 @@ from jaxopd.models import QwenConfig, init_model
 from jaxopd.models.qwen import Qwen
 from jaxopd.rollouts import Engine, Requests, Sampling
 from jaxopd.rollouts.decode import Trunks
-from jaxopd.rollouts.wave import Layout, Wave
+from jaxopd.rollouts.layout import Layout
+from jaxopd.rollouts.wave import Wave
 
 VOCABULARY = 151936
 SHAPES = {  # hidden, inner, layers, query heads, tied head
@@ -98,16 +99,16 @@ def floor_of(case: Case, config: QwenConfig, machine: MachineFloor, *, shared: b
     return machine.at_least(flops=case.new * flops, read=case.new * read)
 
 
-def decode_phase(model: Qwen, case: Case, *, shared: bool) -> Callable[[], int]:
+def decode_phase(model: Qwen, case: Case, *, shared: bool, attention: str | None = None) -> Callable[[], int]:
     """The engine's blocks on a wave whose trunks are computed already: one, copied; content is no matter."""
-    engine = Engine(model, slots=case.sequences)
+    engine = Engine(model, slots=case.sequences, attention=attention)
     trunk = np.random.default_rng(0).integers(0, model.config.vocab_size, case.trunk)
     sampling = Sampling(case.new, seed=1)
 
     def wave(n: int, computed: Trunks | None = None) -> Wave:
         requests = Requests.continuations([trunk] * n, case.sequences // n)
         rows = list(np.arange(case.sequences).reshape(n, -1))
-        layout = Layout(n, case.sequences // n, engine.mesh)
+        layout = Layout(n, case.sequences // n, engine.mesh, attention)
         place = engine.graph, engine.state, engine.config, layout
         return Wave(*place, [trunk] * n, rows, requests, sampling, computed)
 
@@ -149,12 +150,15 @@ def measured(case: Case, model: Qwen, machine: MachineFloor, repeats: int, again
     }
     if case.shared:
         others["jaxopd, unshared"] = lazily(lambda: decode_phase(model, case, shared=False))
+        if jax.default_backend() != "cpu":  # there the engine itself has no trunk kernel
+            others["jaxopd, no trunk kernel"] = lazily(lambda: decode_phase(model, case, shared=True, attention="xla"))
     others["jit step, Python loop"] = lazily(lambda: python_loop(model, *size))
     rows = []
     for name in [name for name in others if against in name]:
         pair = {**ours, name: others.pop(name)}
         found = interleaved(pair, case=case.name, repeats=repeats, work=case.sequences * case.new, unit="tok")
-        rows.append(with_floor(found[1], floor_of(case, model.config, machine, shared=False)))
+        shared = case.shared and name == "jaxopd, no trunk kernel"
+        rows.append(with_floor(found[1], floor_of(case, model.config, machine, shared=shared)))
         engine = with_floor(found[0], floor_of(case, model.config, machine, shared=case.shared))
         progress(
             f"{name}: {rows[-1].ratio or rows[-1].note} times the engine's {engine.work / engine.seconds:.0f} tok/s"
@@ -184,20 +188,6 @@ def public_workloads(model: Qwen, machine: MachineFloor, smoke: bool) -> list[Me
     return rows
 
 
-def scaling(lengths: tuple[int, ...], smoke: bool) -> list[Measurement]:
-    """Times a decoding step of 32 sequences of a small model against the trunk's length, and fits cost = c length^a."""
-    model = init_model(replace(TINY, hidden_size=256, intermediate_size=768, num_layers=4), dtype="float32")
-    cases = [Case("small", length, 4 if smoke else 32, 32) for length in lengths]
-    rows = []
-    for case in cases:
-        run = decode_phase(model, case, shared=True)
-        rows += interleaved(
-            {"jaxopd engine": run}, case=case.name, repeats=3, work=case.sequences * case.new, unit="tok"
-        )
-    fitted = exponent(lengths, [row.seconds for row in rows])
-    return [replace(row, extra={"fitted exponent": fitted}) for row in rows]
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=5.0, help="start no further case after these")
@@ -225,8 +215,6 @@ def main() -> None:
         rows += measured(case, model, machine, options.repeats, options.against)
     if options.smoke or not (on_cpu or late()):
         rows += public_workloads(model, machine, options.smoke)
-    if options.only is None and not late():
-        rows += scaling((200, 400) if options.smoke else (200, 500, 1000, 2000, 4000, 8000), options.smoke)
     named = {"smoke": options.smoke, "repeats": options.repeats, "against": options.against}
     settings = {**named, "threads": "all cores, torch and jax alike"}
     part = "" if options.only is None else f"_trunk_{options.only}"

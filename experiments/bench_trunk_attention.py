@@ -4,7 +4,7 @@
     python experiments/bench_trunk_attention.py --smoke    # seconds
 
 One layer of Qwen3-0.6B (16 query heads, 8 key-value heads of 128) in bfloat16; slots end uniformly in the second half
-of the trunk, sorted. The ratios say where `chosen_implementation` should put its bounds LEAST_TRUNK and LEAST_SLOTS.
+of the trunk. The ratios say where `chosen_implementation` should put its bounds LEAST_TRUNK and LEAST_SLOTS.
 Floor: the larger of 4 H h (attended positions) FLOP and one read of the trunk.
 """
 
@@ -41,9 +41,9 @@ def layers(implementation: str):
 
 def measure(slots: int, trunk: int, floor, repeats: int) -> list[Measurement]:
     rng = np.random.default_rng(0)
-    shapes = [(slots, H, HEAD_DIM), (trunk, K, HEAD_DIM), (trunk, K, HEAD_DIM)]
+    shapes = [(slots, H, HEAD_DIM), (K, trunk, HEAD_DIM), (K, trunk, HEAD_DIM)]
     q, k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
-    end = jnp.asarray(np.sort(rng.integers(trunk // 2, trunk + 1, slots)), jnp.int32)
+    end = jnp.asarray(rng.integers(trunk // 2, trunk + 1, slots), jnp.int32)
     runs = {name: layers(name) for name in available()}
     contestants = {name: (lambda run=run: run(q, k, v, end)) for name, run in runs.items()}
     case = f"{slots} slots, trunk {trunk:,}, {LAYERS} layers"

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxopd_kernels import cache_attention
 
 from jaxopd.models import QwenConfig
-from jaxopd.models.attention import cache_attention
 from jaxopd.models.qwen import Qwen, linear
 
 

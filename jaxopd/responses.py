@@ -66,6 +66,12 @@ def _next_log_probs(
     return head_statistics(flat, model.head(), ids=ids.reshape(-1, 1)).log_p.reshape(ids.shape)
 
 
+def _eighths(size: int) -> int:
+    """Rounds up to an eighth of the next power of two: few shapes, and little of a batch is padding."""
+    step = max(8, bucket(size) // 8)
+    return -(-size // step) * step
+
+
 def _batches(
     model: Qwen, prompt: Sequence[int], responses: Int[np.ndarray, "G S"]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
@@ -74,8 +80,9 @@ def _batches(
     context = model.config.max_positions
     if len(prompt) + S > context:
         raise InputError(f"prompt: found {len(prompt)} tokens before a response of {S}, expected {context} in all")
-    width = bucket(len(prompt) + S, 8)
-    size = max(1, min(bucket(G, 8), TOKENS_AT_ONCE // width))
+    width = _eighths(len(prompt) + S)
+    limit = max(1, TOKENS_AT_ONCE // width)
+    size = -(-G // -(-G // limit)) if limit < G else min(bucket(G, 8), limit)  # batches of one size
     for low in range(0, G, size):
         part = responses[low : low + size]
         tokens, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)

@@ -6,14 +6,15 @@ there are, only a handful of shapes is compiled, and at most two blocks of hidde
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxopd_kernels import MAX_TOP_K, HeadStatistics, PairStatistics, VocabularyForm, head_statistics, pair_statistics
+from jaxopd_kernels import MAX_TOP_K, HeadStatistics, PairStatistics, head_statistics, pair_statistics
 from jaxtyping import Array, Float, Int
 
 from jaxopd.errors import InputError
@@ -22,10 +23,9 @@ from jaxopd.types import bucket
 BLOCK = 4096
 SMALLEST_BLOCK = 16
 
-_pair = partial(jax.jit, static_argnames=("vocab_size", "forms", "implementation"))(pair_statistics)
 _head = partial(jax.jit, static_argnames=("k", "vocab_size", "implementation"))(head_statistics)
 
-Statistics = TypeVar("Statistics", PairStatistics, HeadStatistics)
+Scores = TypeVar("Scores")
 
 
 class HasHead(Protocol):
@@ -34,9 +34,19 @@ class HasHead(Protocol):
     def head(self) -> Float[Array, "V D"]: ...
 
 
+class AnalyticForm(NamedTuple):
+    """A form f of log P and log Q alone, token by token, whose mean under P is known from the statistics.
+
+    f: (log_p [T, K], log_q [T, K]) -> [T, K]. mean: statistics -> fbar [T], the sum of P f over the vocabulary.
+    """
+
+    f: Callable[[Array, Array], Array]
+    mean: Callable[[PairStatistics], np.ndarray]
+
+
 @dataclass(frozen=True)
 class PairScores:
-    """`statistics` in numpy (see PairStatistics), and for each form's name f at the ids and its mean under P.
+    """`statistics` in numpy (see PairStatistics), and by form f at the ids (0 at padding) and its mean under P.
 
     `known` is what jaxopd.gradients.gradient and jaxopd.alignment.node_alignment take for the restricted reading.
     """
@@ -74,7 +84,8 @@ def score_tokens(
     if not 0 <= k <= min(MAX_TOP_K, vocab_size):
         raise InputError(f"k: found {k}, expected 0 to {min(MAX_TOP_K, vocab_size)}")
     op = partial(_head, k=k, vocab_size=vocab_size, implementation=implementation)
-    return _in_blocks(lambda hidden, ids: op(hidden, head, ids=ids), (hidden,), ids)
+    scores = _in_blocks(lambda hidden, ids: op(hidden, head, ids=ids), (hidden,), ids)
+    return replace(scores, log_p=scores.log_p[:, : ids.shape[1]])
 
 
 def score_pair(
@@ -83,29 +94,40 @@ def score_pair(
     hidden_s: Float[np.ndarray, "T Ds"],
     hidden_t: Float[np.ndarray, "T Dt"],
     ids: Int[np.ndarray, "T K"] | None = None,
-    forms: Mapping[str, VocabularyForm] = MappingProxyType({}),
+    forms: Mapping[str, AnalyticForm] = MappingProxyType({}),
     *,
     vocab_size: int | None = None,
+    second_pass: bool = True,
     implementation: str | None = None,
 ) -> PairScores:
     """Compares student and teacher at each position: every statistic of PairStatistics, and forms at the ids.
 
     Both are taken over the first vocab_size tokens (default: as many as both heads have) and renormalised there.
-    ids may hold -1 as padding. forms: name -> function (log_p [V], log_q [V]) -> f [V]; pass the same function
-    objects again, new ones compile again. Raises InputError on shapes that do not fit and ids outside the vocabulary.
+    ids may hold -1 as padding. forms by name; pass the same function objects again, new ones compile again.
+    second_pass: False leaves JS and total variation NaN, and a kernel is done in one launch.
+    Raises InputError on shapes that do not fit and ids outside the vocabulary.
     """
     head_s, head_t = student.head(), teacher.head()
     vocab_size = _vocabulary(vocab_size, head_s, head_t)
     ids = _checked_ids(ids, len(hidden_s), vocab_size)
     _check_hidden("hidden_s", hidden_s, head_s, len(hidden_s))
     _check_hidden("hidden_t", hidden_t, head_t, len(hidden_s))
-    op = partial(_pair, vocab_size=vocab_size, forms=tuple(forms.values()), implementation=implementation)
-    statistics = _in_blocks(lambda h_s, h_t, ids: op(h_s, head_s, h_t, head_t, ids), (hidden_s, hidden_t), ids)
-    return PairScores(statistics, {name: (statistics.f[:, i], statistics.fbar[:, i]) for i, name in enumerate(forms)})
+    settings = {"vocab_size": vocab_size, "second_pass": second_pass, "implementation": implementation}
+    op = partial(_pair, forms=tuple(form.f for form in forms.values()), **settings)
+    statistics, f = _in_blocks(lambda h_s, h_t, ids: op(h_s, head_s, h_t, head_t, ids), (hidden_s, hidden_t), ids)
+    K = ids.shape[1]
+    statistics = replace(statistics, log_p=statistics.log_p[:, :K], log_q=statistics.log_q[:, :K])
+    return PairScores(statistics, {name: (x[:, :K], forms[name].mean(statistics)) for name, x in zip(forms, f)})
 
 
-def _in_blocks(op: Callable[..., Statistics], hidden: tuple[Any, ...], ids: np.ndarray) -> Statistics:
-    """Runs an op block by block and joins the rows and ids that are no padding, in numpy."""
+@partial(jax.jit, static_argnames=("forms", "vocab_size", "second_pass", "implementation"))
+def _pair(*arrays: Array, forms: tuple[Callable, ...], **settings: Any) -> tuple[PairStatistics, list[Array]]:
+    statistics, ids = pair_statistics(*arrays, **settings), arrays[-1]
+    return statistics, [jnp.where(ids >= 0, form(statistics.log_p, statistics.log_q), 0.0) for form in forms]
+
+
+def _in_blocks(op: Callable[..., Scores], hidden: tuple[Any, ...], ids: np.ndarray) -> Scores:
+    """Runs an op block by block and joins the rows that are no padding, in numpy; the ids stay padded."""
     T, K = ids.shape
     ids = np.pad(ids, ((0, 0), (0, (bucket(K) if K else 0) - K)), constant_values=-1)
     parts: list[Any] = []
@@ -114,11 +136,7 @@ def _in_blocks(op: Callable[..., Statistics], hidden: tuple[Any, ...], ids: np.n
         parts.append(op(*(_padded(x[rows], 0) for x in hidden), _padded(ids[rows], -1)))
         parts[-2:-1] = jax.device_get(parts[-2:-1])  # one block late: the device stays busy, and holds two at most
 
-    def join(name: str) -> np.ndarray:
-        joined = np.concatenate([jax.device_get(getattr(part, name)) for part in parts])[:T]
-        return joined[..., :K] if name in ("f", "log_p", "log_q") else joined
-
-    return type(parts[0])(**{field.name: join(field.name) for field in fields(parts[0])})
+    return jax.tree.map(lambda *blocks: np.concatenate(jax.device_get(blocks))[:T], *parts)
 
 
 def _padded(rows: Any, value: int) -> np.ndarray:

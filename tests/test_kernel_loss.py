@@ -288,7 +288,7 @@ def test_bad_arguments_are_named():
             lambda: divergence_loss(hidden, head, hidden[:2], head),
             r"found shapes \(2, 4\) and \(7, 4\), expected \[3, D\]",
         ),
-        (lambda: divergence_loss(hidden, head[:, :3], hidden, head), r"hidden, head: found shapes .* \(7, 3\)"),
+        (lambda: divergence_loss(hidden, head[:, :3], hidden, head), r"head_s: found shapes .* \(7, 3\)"),
         (lambda: loss("kl"), "kind: found 'kl', expected one of reverse_kl, forward_kl, jsd or a density"),
         (lambda: loss("jsd", beta=1.5), "beta: found 1.5, expected a number from 0 to 1"),
         (lambda: loss(vocab_size=8), "vocab_size: found 8, expected 1 to 7"),

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopd import scoring
+from jaxopd import gradients, scoring
 from jaxopd.alignment import node_alignment
+from jaxopd.diagnose.nodes import ANALYTIC
 from jaxopd.errors import InputError
-from jaxopd.gradients import Position, forward_kl
 from jaxopd.models import QwenConfig, hidden_states, init_model, logits
-from jaxopd.scoring import score_pair, score_tokens, topk
+from jaxopd.scoring import AnalyticForm, score_pair, score_tokens, topk
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ def gap(log_p, log_q):
     return log_q - log_p
 
 
-FORMS = {"gap": gap, "ratio": ratio}
+FORMS = {
+    "gap": AnalyticForm(gap, lambda known: -known.reverse_kl),
+    "ratio": AnalyticForm(ratio, lambda known: np.ones_like(known.reverse_kl)),
+}
 
 
 def make_case(T, *, V=97, Ds=8, Dt=12, K=3, dtype=np.float32):
@@ -74,6 +77,29 @@ def test_score_pair_against_float64(T, monkeypatch):
     for name, f in (("gap", log_q - log_p), ("ratio", q / p)):
         close(scores.known[name][0], at(f, ids, 0.0), rtol=1e-4)
         close(scores.known[name][1], (p * f).sum(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ANALYTIC)
+def test_the_means_of_the_diagnosis_are_those_of_whole_rows(name):
+    student, teacher, hidden_s, hidden_t, ids = make_case(30)
+    scores = score_pair(student, teacher, hidden_s, hidden_t, ids, ANALYTIC)
+    log_p, log_q = (log_softmax64(*model) for model in ((hidden_s, student), (hidden_t, teacher)))
+    f = np.asarray(gradients.FORMS[name](gradients.Position.create(log_p, log_q)), np.float64)
+    np.testing.assert_allclose(scores.known[name][0], at(f, ids, 0.0), rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(scores.known[name][1], (np.exp(log_p) * f).sum(-1), rtol=1e-5, atol=2e-6)
+
+
+def test_without_the_second_pass_the_rest_is_the_same():
+    student, teacher, hidden_s, hidden_t, ids = make_case(20)
+    whole, part = (
+        score_pair(student, teacher, hidden_s, hidden_t, ids, second_pass=flag).statistics for flag in (True, False)
+    )
+    for field in fields(whole):
+        value, expected = getattr(part, field.name), getattr(whole, field.name)
+        if field.name in ("js", "js_student", "total_variation"):
+            assert np.isnan(value).all()
+        else:
+            np.testing.assert_array_equal(value, expected)
 
 
 def test_score_tokens_and_topk_against_float64():
@@ -128,17 +154,13 @@ def test_real_models_give_their_own_logits():
         np.testing.assert_allclose(log_p, z - np.log(np.exp(z).sum(-1, keepdims=True)), atol=1e-5)
 
 
-def forward_kl_at(log_p, log_q):
-    return forward_kl(Position.create(log_p, log_q))
-
-
 def test_known_forms_serve_the_restricted_reading():
     student, teacher, hidden_s, hidden_t, _ = make_case(30)
     ids = np.tile(np.array([[5, 9, 20, 96]]), (30, 1))
-    scores = score_pair(student, teacher, hidden_s, hidden_t, ids, {"forward_kl": forward_kl_at})
+    scores = score_pair(student, teacher, hidden_s, hidden_t, ids, {"forward_kl": ANALYTIC["forward_kl"]})
     success = np.random.default_rng(1).random((30, 4))
-    positions = Position.create(scores.statistics.log_p, scores.statistics.log_q, success=success)
-    aligned = node_alignment(positions, {"forward_kl": forward_kl}, known=scores.known)
+    positions = gradients.Position.create(scores.statistics.log_p, scores.statistics.log_q, success=success)
+    aligned = node_alignment(positions, {"forward_kl": gradients.forward_kl}, known=scores.known)
 
     p, q = (np.exp(log_softmax64(*model))[:, ids[0]] for model in ((hidden_s, student), (hidden_t, teacher)))
     ideal = p * (success - (p * success).sum(-1, keepdims=True))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxopd_kernels import TRUNK_IMPLEMENTATIONS, trunk_attention, trunk_attention_hopper
+from jaxopd_kernels import NO_KEYS, TRUNK_IMPLEMENTATIONS, trunk_attention, trunk_attention_hopper
 from jaxopd_kernels.trunk_attention import chosen_implementation
 from jaxopd_kernels.trunk_attention_rows import fold_rows, needed_tiles, unfold_rows, whole_tiles
 
@@ -17,17 +17,17 @@ B, H, K, L, h = 5, 6, 2, 40, 8
 
 def random_arrays(seed: int, *groups: int, dtype="float32") -> list[jax.Array]:
     rng = np.random.default_rng(seed)
-    shapes = [(*groups, B, H, h), (*groups, L, K, h), (*groups, L, K, h)]
+    shapes = [(*groups, B, H, h), (*groups, K, L, h), (*groups, K, L, h)]
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 def in_float64(q, k, v, end) -> tuple[np.ndarray, np.ndarray]:
     """Attends slot by slot, head by head, to exactly the keys before the end."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    out, lse = np.zeros(q.shape), np.full(q.shape[:2], NO_KEYS)
     for b, e in enumerate(end):
         for head in range(q.shape[1] if e else 0):
-            keys = np.s_[:e, head * k.shape[1] // q.shape[1]]
+            keys = np.s_[head * k.shape[0] // q.shape[1], :e]
             scores = k[keys] @ q[b, head] / np.sqrt(q.shape[2])
             lse[b, head] = np.logaddexp.reduce(scores)
             out[b, head] = np.exp(scores - lse[b, head]) @ v[keys]
@@ -68,7 +68,7 @@ def test_merging_two_parts_is_attention_to_both(cut) -> None:
     whole, _ = trunk_attention(q, k, v, jnp.full(B, L))
     end = jnp.full(B, cut)
     first, first_lse = trunk_attention(q, k, v, end)
-    second, second_lse = trunk_attention(q, jnp.roll(k, -cut, 0), jnp.roll(v, -cut, 0), L - end)
+    second, second_lse = trunk_attention(q, jnp.roll(k, -cut, 1), jnp.roll(v, -cut, 1), L - end)
     merged = merge(first[None], first_lse[None], second[None], second_lse[None])[0]
     np.testing.assert_allclose(merged, whole, atol=2e-6)
 
@@ -100,7 +100,7 @@ def test_bad_arguments() -> None:
     q, k, v = random_arrays(4)
     end = jnp.zeros(B, int)
     for wrong in (
-        (q, k, v[:-1], end),
+        (q, k, v[:, :-1], end),
         (q, k, v, end[:-1]),
         (q[:, :5], k, v, end),
         (q[None], k, v, end),
@@ -120,15 +120,17 @@ def test_bad_arguments() -> None:
 def test_folding_into_rows_and_back() -> None:
     q = random_arrays(5, 2)[0]
     end = jnp.asarray(np.random.default_rng(5).integers(0, L, (2, B)))
-    rows, ends = fold_rows(q, end, K, 16)
+    rows, ends, order = fold_rows(q, end, K, 16)
     G = H // K
     assert rows.shape == (2, K, 16, h)
-    for b in range(B):
-        for head in range(H):
-            np.testing.assert_array_equal(rows[:, head // G, b * G + head % G], q[:, b, head])
-            np.testing.assert_array_equal(ends[:, b * G + head % G], end[:, b])
-    np.testing.assert_array_equal(ends[:, B * G :], np.repeat(end[:, -1:], 16 - B * G, 1))
-    out, lse = unfold_rows(rows, rows[..., 0], B, H)
+    for n in range(2):
+        for place, slot in enumerate(order[n]):
+            for head in range(H):
+                np.testing.assert_array_equal(rows[n, head // G, place * G + head % G], q[n, slot, head])
+            assert (ends[n, place * G : (place + 1) * G] == end[n, slot]).all()
+    assert (np.diff(ends, axis=1) >= 0).all()
+    np.testing.assert_array_equal(ends[:, B * G :], np.repeat(end.max(1, keepdims=True), 16 - B * G, 1))
+    out, lse = unfold_rows(rows, rows[..., 0], order, H)
     np.testing.assert_array_equal(out, q)
     np.testing.assert_array_equal(lse, q[..., 0])
 
@@ -160,7 +162,7 @@ def test_splits_merge_to_the_whole_whatever_is_empty() -> None:
     exact = np.exp2(scores - scores.max(1, keepdims=True))
     expected = np.where(seen[:, None], (exact @ values) / exact.sum(1, keepdims=True), 0)
     np.testing.assert_allclose(out[0, 0], expected, atol=1e-5)
-    natural = np.where(seen, np.logaddexp.reduce(scores * np.log(2), 1), -np.inf)
+    natural = np.where(seen, np.logaddexp.reduce(scores * np.log(2), 1), NO_KEYS)
     np.testing.assert_allclose(lse[0, 0], natural, rtol=1e-6)
 
 

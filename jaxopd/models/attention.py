@@ -1,52 +1,9 @@
-"""Masked grouped-query attention with its log-sum-exp, and the merge of disjoint parts.
-
-Caches are head-major, [B, K, S, h]: each head's keys lie together, so that a matrix product reads them in order. With
-the sequence before the heads XLA transposes the whole cache at every decoding step (8 times slower on a CPU).
-"""
+"""Attention of whole sequences and of blocks over a cache, and the merge of attention over disjoint keys."""
 
 import jax.numpy as jnp
 from jax import lax
+from jaxopd_kernels import NO_KEYS, Part, cache_attention
 from jaxtyping import Array, Bool, Float
-
-NO_KEYS = -1e30  # log-sum-exp of an empty set of keys, finite so that merging two of them gives no NaN
-Part = tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]  # attention over some keys, and its log-sum-exp
-
-
-def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
-    """Keeps float32 weights in float32 products; accelerators would round them to TF32 or bfloat16."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-
-
-def cache_attention(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B K S h"],
-    v: Float[Array, "B K S h"],
-    mask: Bool[Array, "B T S"],
-) -> Part:
-    """Attends q to the keys where `mask` is True: softmax(q k / sqrt(h)) v, and the log-sum-exp of the scores.
-
-    H is a multiple of K (grouped queries). Scores and output are float32. A row without keys gives zeros and
-    the log-sum-exp `NO_KEYS`.
-    """
-    B, T, H, h = q.shape
-    K, S = k.shape[1:3]
-    G = H // K
-    precision = matmul_precision(q.dtype)
-    # The queries of a group are rows of one matrix product against their head's keys.
-    q_BKRh = q.reshape(B, T, K, G, h).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, h)
-    scores = jnp.einsum("BKRh,BKSh->BKRS", q_BKRh, k, precision=precision, preferred_element_type=jnp.float32)
-    keep = jnp.broadcast_to(mask[:, None, :, None], (B, 1, T, G, S)).reshape(B, 1, T * G, S)
-    scores = jnp.where(keep, scores * h**-0.5, NO_KEYS)
-    peak = scores.max(-1)
-    weights = jnp.where(keep, jnp.exp(scores - peak[..., None]), 0.0)
-    total = weights.sum(-1)
-    out = jnp.einsum(
-        "BKRS,BKSh->BKRh", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
-    )
-    out = out / jnp.maximum(total, 1e-30)[..., None]
-    lse = jnp.where(total > 0, peak + jnp.log(jnp.maximum(total, 1e-30)), NO_KEYS)
-    out = out.reshape(B, K, T, G, h).transpose(0, 2, 1, 3, 4).reshape(B, T, H, h)
-    return out, lse.reshape(B, K, T, G).transpose(0, 2, 1, 3).reshape(B, T, H)
 
 
 def masked_attention(

@@ -11,9 +11,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxopd_kernels import product
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxopd.models.attention import causal_attention, matmul_precision
+from jaxopd.models.attention import causal_attention
 from jaxopd.models.config import QwenConfig
 
 # (layer, q [B, T, H, h], k [B, T, K, h], v [B, T, K, h]) -> [B, T, H, h]
@@ -35,8 +36,7 @@ class Linear(nnx.Module):
 def linear(x: Float[Array, "*B I"], weight: Float[Array, "O I"], out: jnp.dtype | None = None) -> Float[Array, "*B O"]:
     """Multiplies x by weight^T, accumulating in float32, and returns `out` (default: x's dtype)."""
     rows = x.reshape(-1, x.shape[-1])  # of a product of more than two dimensions XLA on a CPU copies the weight
-    y = jnp.einsum("ni,oi->no", rows, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(out or x.dtype).reshape(*x.shape[:-1], -1)
+    return product("ni,oi->no", rows, weight).astype(out or x.dtype).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):

@@ -8,10 +8,11 @@ from flax import nnx, struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxopd.models.attention import cache_attention, combine, prefix_attention
+from jaxopd.models.attention import combine, prefix_attention
 from jaxopd.models.config import QwenConfig
 from jaxopd.models.qwen import Qwen, linear
-from jaxopd.rollouts.sampling import draw_scored, log_prob, request_keys, warp
+from jaxopd.rollouts.layout import Layout
+from jaxopd.rollouts.sampling import SPREAD_BITS, draw_scored, draw_spread, log_prob, request_keys, warp
 from jaxopd.rollouts.suffix import PAGE, Pages, Ring, page_attention, pages_needed, ring_attention, written
 
 STOP, LENGTH = 0, 1  # finish reasons: a stop token was drawn; the token budget or the context ended
@@ -35,6 +36,8 @@ class Slots:
     start: Int[Array, "N B"]  # trunk tokens attended to
     step: Int[Array, "N B"]  # tokens drawn so far, also the private tokens fed; 0 when idle
     pointer: Int[Array, " N"]  # next request of the queue
+    spread: Float[Array, "N B"] | None = None  # what is left of a spread number, -1 where it is used up
+    bits: Float[Array, "N B"] | None = None  # of it that have been used
 
 
 @struct.dataclass
@@ -46,6 +49,7 @@ class Queue:
     limit: Int[Array, "N R"]  # tokens to draw at most
     id: Int[Array, "N R"]
     count: Int[Array, " N"]
+    spread: Float[Array, "N R"] | None = None  # spread numbers; None: every draw is independent
 
 
 @struct.dataclass
@@ -73,12 +77,13 @@ def prefill_bytes(config: QwenConfig, groups: int, block: int) -> int:
     return 12 * groups * block * (config.intermediate_size + config.num_heads * block)
 
 
-def decode_bytes(config: QwenConfig, slots: int, length: int) -> int:
+def decode_bytes(config: QwenConfig, slots: int, scored: int) -> int:
     """Counts six float32 copies of a step's logits or, larger over a long trunk, three of one layer's scores.
 
-    Compiled programs hold these on a CPU; the logits are that many for the sake of top-k and top-p.
+    Compiled programs hold these on a CPU; the logits are that many for the sake of top-k and top-p. scored: the length
+    of the trunk, 0 where a kernel attends to it.
     """
-    return 4 * slots * max(6 * config.vocab_size, 3 * config.num_heads * length)
+    return 4 * slots * max(6 * config.vocab_size, 3 * config.num_heads * scored)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -114,16 +119,22 @@ def fill(queue: Queue, slots: Slots) -> Slots:
     taken = idle & (candidate < queue.count[:, None])
     index = jnp.where(taken, candidate, 0)
     start, first = (jnp.take_along_axis(x, index, 1) for x in (queue.start, queue.first))
+    spread = bits = None
+    if queue.spread is not None:
+        spread = jnp.where(taken, jnp.take_along_axis(queue.spread, index, 1), slots.spread)
+        bits = jnp.where(taken, 0.0, slots.bits)
     return Slots(
         request=jnp.where(taken, candidate, slots.request),
         token=jnp.where(taken, first, slots.token),
         start=jnp.where(taken, start, slots.start),
         step=jnp.where(idle, 0, slots.step),
         pointer=slots.pointer + taken.sum(1, dtype=jnp.int32),
+        spread=spread,
+        bits=bits,
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=(5, 6))
 def decode_block(
     graph: nnx.GraphDef,
     state: nnx.State,
@@ -134,6 +145,7 @@ def decode_block(
     slots: Slots,
     began: Int[Array, ""],
     settings: tuple,
+    layout: Layout,
 ) -> tuple[Ring, Slots, Log, Array, Array, Array]:
     """Decodes up to PAGE steps from step `began` of the wave; stops early when every request is done.
 
@@ -153,12 +165,15 @@ def decode_block(
 
     def advance(carry: tuple) -> tuple:
         now, ring, slots, log = carry
-        hidden, ring = _feed(model, trunks, pages, ring, slots, began + now)
+        hidden, ring = _feed(model, layout, trunks, pages, ring, slots, began + now)
         logits = linear(hidden, head, jnp.dtype("float32"))
         warped = warp(logits, temperature, top_p, top_k)
         request = jnp.maximum(slots.request, 0)
         identity, limit = (jnp.take_along_axis(x, request, 1) for x in (queue.id, queue.limit))
-        token, sampled = draw_scored(request_keys(seed, identity.reshape(-1), slots.step.reshape(-1)), warped)
+        keys = request_keys(seed, identity.reshape(-1), slots.step.reshape(-1))
+        token, sampled = draw_scored(keys, warped)
+        if slots.spread is not None:
+            slots, token, sampled = _drawn_evenly(slots, keys, warped, token, sampled)
         raw = lax.cond(as_it_is, lambda: sampled, lambda: log_prob(logits, token))
         token, raw, sampled = (x.reshape(slots.token.shape) for x in (token, raw, sampled))
         stopped = (token[..., None] == stop_ids[None, None]).any(-1)
@@ -175,20 +190,33 @@ def decode_block(
     return ring, slots, log, (slots.request >= 0).any(), (slots.pointer < queue.count).any(), needed
 
 
+def _drawn_evenly(
+    slots: Slots, keys: Array, logits: Float[Array, "NB V"], token: Int[Array, " NB"], logp: Float[Array, " NB"]
+) -> tuple[Slots, Int[Array, " NB"], Float[Array, " NB"]]:
+    """Replaces the draws of slots whose spread number is not used up by those it makes."""
+    left, bits = slots.spread.reshape(-1), slots.bits.reshape(-1)
+    active = left >= 0
+    chosen, its_logp, left = draw_spread(jnp.maximum(left, 0.0), keys, logits)
+    bits = bits - its_logp / jnp.log(2.0)
+    left = jnp.where(active & (bits < SPREAD_BITS), left, -1.0)
+    place = slots.spread.shape
+    slots = slots.replace(spread=left.reshape(place), bits=bits.reshape(place))
+    return slots, jnp.where(active, chosen, token), jnp.where(active, its_logp, logp)
+
+
 def _feed(
-    model: Qwen, trunks: Trunks, pages: Pages, ring: Ring, slots: Slots, now: Array
+    model: Qwen, layout: Layout, trunks: Trunks, pages: Pages, ring: Ring, slots: Slots, now: Array
 ) -> tuple[Float[Array, "NB D"], Ring]:
     """Feeds each slot its next token; returns the hidden states and the ring with that token's keys and values."""
     N, B = slots.token.shape
     keys, values = list(ring.keys), list(ring.values)
     width = keys[0].shape[2]
     step = slots.step.reshape(-1)
-    in_trunk = jnp.arange(trunks.keys[0].shape[2])[None, None] < slots.start[..., None]
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
         keys[layer], values[layer] = written(keys[layer], k, now), written(values[layer], v, now)
         by_group = q.reshape(N, B, *q.shape[2:])
-        out, lse = cache_attention(by_group, trunks.keys[layer], trunks.values[layer], in_trunk)
+        out, lse = layout.attend_trunks(by_group, trunks.keys[layer], trunks.values[layer], slots.start)
         part = out.reshape(q.shape), lse.reshape(q.shape[:3])
         part = combine(part, ring_attention(q, keys[layer], values[layer], now, step))
         if pages.owner.shape[1]:

@@ -22,9 +22,10 @@ from jaxtyping import Float, Int
 from jaxopd.errors import InputError
 from jaxopd.models.qwen import Qwen
 from jaxopd.models.sharding import data_mesh
+from jaxopd.rollouts.layout import Layout
 from jaxopd.rollouts.plan import MemoryPlan, plan_memory
 from jaxopd.rollouts.sampling import Sampling
-from jaxopd.rollouts.wave import Drawn, Layout, Requests, Wave
+from jaxopd.rollouts.wave import Drawn, Requests, Wave
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +46,22 @@ class Engine:
 
     A memory plan made before each run says how many of the slots are used; it is logged. Where the device runs out of
     memory all the same, the requests not yet answered start again with half the slots and give the same tokens.
-    budget: bytes the run may use, default what the devices report.
+    budget: bytes the run may use, default what the devices report. attention: how slots attend to their trunk, a name
+    of jaxopd_kernels.TRUNK_IMPLEMENTATIONS, default a kernel where its rule expects one to win.
     """
 
     def __init__(
-        self, model: Qwen, *, slots: int = 256, mesh: jax.sharding.Mesh | None = None, budget: int | None = None
+        self,
+        model: Qwen,
+        *,
+        slots: int = 256,
+        mesh: jax.sharding.Mesh | None = None,
+        budget: int | None = None,
+        attention: str | None = None,
     ):
         self.config, self.dtype = model.config, model.dtype
         self.mesh = data_mesh() if mesh is None else mesh
-        self.slots, self.budget = slots, budget
+        self.slots, self.budget, self.attention = slots, budget, attention
         # Split once: walking the module at each call would cost more than a step of a small model.
         self.graph, state = nnx.split(model)
         self.state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
@@ -100,6 +108,7 @@ class Engine:
             max_tokens=sampling.max_tokens,
             slots=slots,
             mesh=self.mesh,
+            attention=self.attention,
             budget=self.budget,
         )
 
@@ -123,6 +132,8 @@ class Engine:
             raise InputError(f"requests: found cut {cut}, expected 1 to {most} (trunk and context {context})")
         if requests.limit is not None and requests.limit.min() < 1:
             raise InputError(f"requests: found limit {requests.limit.min()}, expected at least 1 token to draw")
+        if requests.spread is not None and not ((requests.spread >= 0) & (requests.spread < 1)).all():
+            raise InputError("requests: found a spread number outside [0, 1), expected one in it for every request")
         if requests.forced.max() >= vocabulary:
             raise InputError(f"requests: found forced token {requests.forced.max()}, expected under {vocabulary}")
 
@@ -139,7 +150,7 @@ class Engine:
         order = unanswered[np.lexsort((requests.cut[unanswered], requests.trunk[unanswered]))]
         served, first, sizes = np.unique(requests.trunk[order], return_index=True, return_counts=True)
         largest = np.argsort(-sizes, kind="stable")
-        layout = Layout(plan.groups, plan.slots, self.mesh)
+        layout = Layout(plan.groups, plan.slots, self.mesh, self.attention)
 
         def wave(low: int) -> Wave:
             chosen = largest[low : low + plan.groups]

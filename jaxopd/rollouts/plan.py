@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from jaxopd.models.config import QwenConfig
 from jaxopd.rollouts.decode import decode_bytes, prefill_block, prefill_bytes
+from jaxopd.rollouts.layout import Layout
 from jaxopd.rollouts.suffix import ring_width
-from jaxopd.rollouts.wave import bucket, trunk_bucket
+from jaxopd.rollouts.wave import trunk_bucket
+from jaxopd.types import bucket
 
 HELD = 0.25  # of max_tokens, the private tokens a slot is planned for: lengths differ, and slots are refilled
 USABLE = 0.9  # of the memory the device reports
@@ -48,6 +50,7 @@ def plan_memory(
     max_tokens: int,
     slots: int,
     mesh: jax.sharding.Mesh,
+    attention: str | None = None,
     budget: int | None = None,
 ) -> MemoryPlan:
     """Plans waves for `trunks` trunks of up to `trunk_length` tokens with up to `most` requests each.
@@ -60,26 +63,26 @@ def plan_memory(
 
     Slots are halved from `slots` until the total fits `budget` (default: `device_budget`), or one a device is left.
     """
-    devices = mesh.size
     budget = device_budget(mesh) if budget is None else budget
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
     L = trunk_bucket(trunk_length)
     while True:
-        N, B = layout(trunks, most, slots, devices)
+        N, B = groups_of_slots(trunks, most, slots, mesh.size)
         S, waves = N * B, 2 if trunks > N else 1
         prefill = prefill_bytes(config, N, prefill_block(config, N, L))
-        decode = decode_bytes(config, S, L)
+        by_kernel = Layout(N, B, mesh, attention).implementation(dtype, L, config.head_dim) != "xla"
+        decode = decode_bytes(config, S, 0 if by_kernel else L)
         suffix = S * max(ring_width(max_tokens), int(HELD * max_tokens)) * token
         plan = MemoryPlan(N, B, weights, waves * N * L * token, suffix, max(prefill, decode), budget)
-        if plan.total <= budget or slots <= devices:
+        if plan.total <= budget or slots <= mesh.size:
             return plan
-        slots = max(devices, slots // 2)
+        slots = max(mesh.size, slots // 2)
 
 
-def layout(trunks: int, most: int, slots: int, devices: int) -> tuple[int, int]:
+def groups_of_slots(trunks: int, most: int, slots: int, devices: int) -> tuple[int, int]:
     """Chooses N groups of B slots: as many slots a trunk as it has requests, then as many trunks as fit."""
-    B = min(slots, bucket(most, 1))
-    N = max(1, min(bucket(trunks, 1), slots // B))
+    B = min(slots, bucket(most))
+    N = max(1, min(bucket(trunks), slots // B))
     return (1, -(-B // devices) * devices) if N == 1 else (-(-N // devices) * devices, B)
 
 

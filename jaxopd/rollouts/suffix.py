@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jaxopd_kernels import NO_KEYS, Part, cache_attention, product
 from jaxtyping import Array, Float, Int
-
-from jaxopd.models.attention import NO_KEYS, Part, cache_attention, matmul_precision
 
 PAGE = 32  # tokens a page; also the decoding steps between two looks from the host
 RING = 128  # columns of the ring at most
@@ -45,10 +44,14 @@ class Pages:
 
 def ring_width(max_tokens: int) -> int:
     """Gives W: the tokens of the longest rollout in whole pages' worth, doubled up to RING."""
-    width = PAGE
-    while width < min(max_tokens, RING):
-        width *= 2
-    return width
+    return doubled(PAGE, min(max_tokens, RING))
+
+
+def doubled(least: int, size: int) -> int:
+    """Doubles `least` until it reaches `size`: what grows by doubling meets few shapes, and each is compiled once."""
+    while least < size:
+        least *= 2
+    return least
 
 
 def written(cache: Float[Array, "S K W h"], new: Float[Array, "S 1 K h"], now: Array) -> Array:
@@ -87,9 +90,8 @@ def _joined(out: Float[Array, "C P H h"], lse: Float[Array, "C P H"], owner: Int
     peak = jax.vmap(lambda x, index: jnp.full((slots, x.shape[1]), NO_KEYS).at[index].max(x))(lse, owner)
     weight = jnp.exp(lse - _of_owner(peak, owner))
     owns = (jnp.arange(slots)[None, :, None] == owner[:, None]).astype(jnp.float32)
-    exact = matmul_precision(jnp.dtype("float32"))
-    total = jnp.einsum("CbP,CPH->CbH", owns, weight, precision=exact)
-    mixed = jnp.einsum("CbP,CPHh->CbHh", owns, weight[..., None] * out, precision=exact)
+    total = product("CbP,CPH->CbH", owns, weight)
+    mixed = product("CbP,CPHh->CbHh", owns, weight[..., None] * out)
     mixed = mixed / jnp.maximum(total, 1e-30)[..., None]
     joined = jnp.where(total > 0, peak + jnp.log(jnp.maximum(total, 1e-30)), NO_KEYS)
     C, _, H, h = mixed.shape

@@ -7,20 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxopd.models.config import QwenConfig
 from jaxopd.rollouts.decode import Queue, Slots, Trunks, decode_block, fill, prefill
+from jaxopd.rollouts.layout import Layout
 from jaxopd.rollouts.sampling import Sampling
-from jaxopd.rollouts.suffix import FREE, PAGE, Pages, Ring, moved, places, ring_width, stored
+from jaxopd.rollouts.suffix import FREE, PAGE, Pages, Ring, doubled, moved, places, ring_width, stored
+from jaxopd.types import bucket
 
 
 @dataclass(frozen=True)
 class Requests:
     """R requests: attend to trunk[:cut], feed `forced` (-1: none), sample to the end. `id` seeds the draws.
 
-    `limit` bounds the tokens drawn per request, under the run's max_tokens; None: max_tokens for all.
+    `limit` bounds the tokens drawn per request, under the run's max_tokens; None: max_tokens for all. `spread`, numbers
+    in [0, 1), choose a rollout's first tokens (`draw_spread`); None: every draw is independent.
     """
 
     trunk: Int[np.ndarray, " R"]
@@ -28,6 +31,7 @@ class Requests:
     forced: Int[np.ndarray, " R"]
     id: Int[np.ndarray, " R"]
     limit: Int[np.ndarray, " R"] | None = None
+    spread: Float[np.ndarray, " R"] | None = None
 
     def __len__(self) -> int:
         return len(self.trunk)
@@ -52,26 +56,6 @@ class Drawn:
     reason: Int[np.ndarray, " M"]  # STOP, LENGTH, or -1 where the rollout goes on
 
 
-@dataclass(frozen=True)
-class Layout:
-    """N groups of B slots on a mesh; a group serves one trunk. Groups are spread over devices; of one, its slots."""
-
-    groups: int
-    slots: int
-    mesh: jax.sharding.Mesh
-
-    def sharding(self, *axes: str | None) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
-
-    @property
-    def by_group(self) -> NamedSharding:
-        return self.sharding("data") if self.groups > 1 else self.sharding()
-
-    @property
-    def by_slot(self) -> NamedSharding:
-        return self.sharding("data") if self.groups > 1 else self.sharding(None, "data")
-
-
 class Wave:
     """Serves the requests `rows[i]` on trunk i; making one dispatches the prefill (unless `computed`) and returns."""
 
@@ -94,11 +78,13 @@ class Wave:
         tokens = np.zeros((N, trunk_bucket(max(map(len, trunks)))), np.int32)
         for group, trunk in enumerate(trunks):
             tokens[group, : len(trunk)] = trunk
-        self.trunks = prefill(graph, state, jax.device_put(tokens, layout.by_group)) if computed is None else computed
-        self.queue = jax.device_put(_queue(config, trunks, rows, requests, sampling, N), layout.by_group)
-        idle = jax.device_put(np.zeros((N, B), np.int32), layout.by_slot)
-        pointer = jax.device_put(np.zeros(N, np.int32), layout.by_group)
-        self.slots = fill(self.queue, Slots(idle - 1, idle, idle, idle, pointer))
+        by_group, by_slot = layout.sharding(layout.groups_axis), layout.sharding(layout.slots_axes)
+        self.trunks = prefill(graph, state, jax.device_put(tokens, by_group)) if computed is None else computed
+        self.queue = jax.device_put(_queue(config, trunks, rows, requests, sampling, N), by_group)
+        idle = jax.device_put(np.zeros((N, B), np.int32), by_slot)
+        pointer = jax.device_put(np.zeros(N, np.int32), by_group)
+        unspread = None if requests.spread is None else jax.device_put(np.full((N, B), -1.0, np.float32), by_slot)
+        self.slots = fill(self.queue, Slots(idle - 1, idle, idle, idle, pointer, unspread, unspread))
 
     def blocks(self) -> Iterator[Drawn]:
         """Decodes PAGE steps at a time until every request is answered."""
@@ -106,9 +92,8 @@ class Wave:
         ring, pages = Ring(*self._caches(width, self.layout.groups * self.layout.slots)), self._pages(0)
         settings, now = _settings(self.sampling), 0
         while True:
-            ring, self.slots, *out = decode_block(
-                self.graph, self.state, self.trunks, pages, self.queue, ring, self.slots, np.int32(now), settings
-            )
+            place = self.trunks, pages, self.queue, ring, self.slots
+            ring, self.slots, *out = decode_block(self.graph, self.state, *place, np.int32(now), settings, self.layout)
             log, active, self.waiting, needed = jax.device_get(out)
             steps, groups, _ = picked = np.nonzero(log.request >= 0)
             row = np.empty(len(steps), np.int64)
@@ -125,19 +110,19 @@ class Wave:
     def _caches(self, width: int, *outer: int) -> tuple[list[Array], list[Array]]:
         """Makes zeroed keys and values [*outer, K, width, h] of every layer, the first axis over the devices."""
         shape = (*outer, self.config.num_kv_heads, width, self.config.head_dim)
-        dtype, where = self.trunks.keys[0].dtype, self.layout.sharding("data")
+        dtype, where = self.trunks.keys[0].dtype, self.layout.sharding(P("data"))
         keys, values = ([jnp.zeros(shape, dtype, device=where) for _ in range(self.config.num_layers)] for _ in "kv")
         return keys, values
 
     def _pages(self, size: int) -> Pages:
-        C, where = self.layout.mesh.size, self.layout.sharding("data")
+        C, where = self.layout.mesh.size, self.layout.sharding(P("data"))
         owner, block = (jax.device_put(np.full((C, size), value, np.int32), where) for value in (0, FREE))
         return Pages(*self._caches(PAGE, C, size), owner, block)
 
     def _turn(self, pages: Pages, ring: Ring, now: int, needed: int) -> Pages:
         """Saves what the next block overwrites, in a larger or smaller pool where `needed` asks for one."""
         step = self.slots.step.reshape(self.layout.mesh.size, -1)
-        before, size = pages.owner.shape[1], bucket(needed, step.shape[1]) if needed else 0
+        before, size = pages.owner.shape[1], doubled(step.shape[1], needed) if needed else 0
         if size == 0:
             return pages if before == 0 else self._pages(0)
         if before == 0:
@@ -159,9 +144,10 @@ def _queue(
     sampling: Sampling,
     groups: int,
 ) -> Queue:
-    R = bucket(max(map(len, rows)), 256)  # a queue is a few numbers a request; another length would compile anew
+    R = doubled(256, max(map(len, rows)))  # a queue is a few numbers a request; another length would compile anew
     start, first, limit, identity = (np.zeros((groups, R), np.int32) for _ in range(4))
     count = np.zeros(groups, np.int32)
+    spread = None if requests.spread is None else np.full((groups, R), -1.0, np.float32)
     for group, (trunk, members) in enumerate(zip(trunks, rows, strict=True)):
         cut, forced, n = requests.cut[members], requests.forced[members], len(members)
         # Without a forced token the trunk's last token is fed again: its logits start the rollout.
@@ -171,7 +157,9 @@ def _queue(
         if requests.limit is not None:
             limit[group, :n] = np.minimum(limit[group, :n], requests.limit[members])
         identity[group, :n], count[group] = requests.id[members], n
-    return Queue(start, first, limit, identity, count)
+        if spread is not None:
+            spread[group, :n] = requests.spread[members]
+    return Queue(start, first, limit, identity, count, spread)
 
 
 def _settings(sampling: Sampling) -> tuple:
@@ -184,14 +172,6 @@ def _settings(sampling: Sampling) -> tuple:
         np.int32(sampling.top_k),
         stop,
     )
-
-
-def bucket(n: int, least: int) -> int:
-    """Rounds up to `least` times a power of two, so that few shapes are ever compiled."""
-    size = least
-    while size < n:
-        size *= 2
-    return size
 
 
 def trunk_bucket(length: int) -> int:

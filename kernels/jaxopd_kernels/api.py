@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxopd_kernels import choice, hopper, one_pass, tpu, xla
-from jaxopd_kernels.rows import VocabularyForm
+from jaxopd_kernels.checks import check_ids, check_model, checked_vocabulary
 from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
 
 MAX_TOP_K = 64
@@ -65,7 +64,6 @@ def pair_statistics(
     *,
     vocab_size: int | None = None,
     implementation: str | None = None,
-    forms: tuple[VocabularyForm, ...] = (),
     second_pass: bool = True,
 ) -> PairStatistics:
     """Compares student P and teacher Q row by row over the whole common vocabulary.
@@ -74,25 +72,21 @@ def pair_statistics(
     the smaller of Vs and Vt): rows of a head past it, padding or a longer vocabulary, have no probability, and both
     models are renormalised over what is left. Matrix products and sums are float32 whatever the inputs' dtype.
 
-    ids: tokens to report, -1 as padding. forms: functions (log_p [V], log_q [V]) -> f [V] whose values at the ids and
-    means under P are wanted; keep the function objects, jit compiles again for new ones. second_pass: JS, total
-    variation and forms need both log-sum-exps before the first column; False leaves JS and total variation NaN, which
-    training never reads.
+    ids: tokens to report, -1 as padding. second_pass: JS and total variation need both log-sum-exps before the first
+    column; False leaves them NaN, for training never reads them.
 
     implementation: a row of IMPLEMENTATIONS; None picks a kernel where choice.choose expects it to win. A kernel makes
     its second pass with a second launch, 2 T V (Ds + Dt) FLOP, where that costs less than moving the float32 logits of
-    row chunks, 32 T V bytes; otherwise, and for forms, the chunks compute everything.
+    row chunks, 32 T V bytes; otherwise the chunks compute everything.
     Raises ValueError on shapes that do not fit, on an unknown implementation and on one that cannot serve the inputs.
     """
-    _check_model("s", hidden_s, head_s, hidden_s.shape[0])
-    _check_model("t", hidden_t, head_t, hidden_s.shape[0])
-    _check_ids(ids, hidden_s.shape[0])
-    vocab_size = _checked_vocabulary(vocab_size, min(head_s.shape[0], head_t.shape[0]))
-    if forms and not second_pass:
-        raise ValueError("forms: found some with second_pass=False, expected none, since they are part of that pass")
-    models, launches = ((hidden_s, head_s), (hidden_t, head_t)), 0 if forms else 1 + second_pass
-    op = _implementation(implementation, models, vocab_size, launches).pair_statistics
-    return op(hidden_s, head_s, hidden_t, head_t, ids, vocab_size, tuple(forms), second_pass)
+    check_model("s", hidden_s, head_s, hidden_s.shape[0])
+    check_model("t", hidden_t, head_t, hidden_s.shape[0])
+    check_ids(ids, hidden_s.shape[0])
+    vocab_size = checked_vocabulary(vocab_size, min(head_s.shape[0], head_t.shape[0]))
+    models = ((hidden_s, head_s), (hidden_t, head_t))
+    op = _implementation(implementation, models, vocab_size, 1 + second_pass).pair_statistics
+    return op(hidden_s, head_s, hidden_t, head_t, ids, vocab_size, second_pass)
 
 
 def head_statistics(
@@ -113,32 +107,10 @@ def head_statistics(
     """
     T = hidden.shape[0]
     ids = jnp.zeros((T, 0), jnp.int32) if ids is None else ids
-    _check_model("", hidden, head, T)
-    _check_ids(ids, T)
-    vocab_size = _checked_vocabulary(vocab_size, head.shape[0])
+    check_model("", hidden, head, T)
+    check_ids(ids, T)
+    vocab_size = checked_vocabulary(vocab_size, head.shape[0])
     if not 0 <= k <= min(MAX_TOP_K, vocab_size):
         raise ValueError(f"k: found {k}, expected 0 to {min(MAX_TOP_K, vocab_size)}")
     op = _implementation(implementation, ((hidden, head),), vocab_size, 1, k).head_statistics
     return op(hidden, head, ids, k, vocab_size)
-
-
-def _check_model(name: str, hidden: Array, head: Array, T: int) -> None:
-    suffix = f"_{name}" if name else ""
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or hidden.shape[0] != T:
-        raise ValueError(
-            f"hidden{suffix}, head{suffix}: found shapes {hidden.shape} and {head.shape}, expected [{T}, D] and [V, D]"
-        )
-    if not all(jax.dtypes.issubdtype(x.dtype, jnp.floating) for x in (hidden, head)):
-        raise ValueError(f"hidden{suffix}, head{suffix}: found {hidden.dtype} and {head.dtype}, expected floats")
-
-
-def _check_ids(ids: Array, T: int) -> None:
-    if ids.ndim != 2 or ids.shape[0] != T or not jax.dtypes.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids: found shape {ids.shape} of {ids.dtype}, expected integers [{T}, K]")
-
-
-def _checked_vocabulary(vocab_size: int | None, largest: int) -> int:
-    vocab_size = largest if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= largest:
-        raise ValueError(f"vocab_size: found {vocab_size}, expected 1 to {largest}, the rows both heads have")
-    return vocab_size

@@ -51,11 +51,11 @@ def choose(
 ) -> str:
     """Names the implementation for T rows of one or two models of the given widths on a kind of device.
 
-    launches: passes over the vocabulary that the kernel would need, 0 if it cannot serve the call. k: of the top k,
-    whose 8 k candidates per row are gathered, 2 D bytes each.
+    launches: passes over the vocabulary that the kernel would need. k: of the top k, whose 8 k candidates per row are
+    gathered, 2 D bytes each.
     """
     device = device_of(kind)
-    fits = device is not None and launches > 0 and all(width % device.width == 0 for width in widths)
+    fits = device is not None and all(width % device.width == 0 for width in widths)
     if not fits or T < FEWEST_ROWS or vocab_size < SMALLEST_VOCABULARY or any(d != jnp.bfloat16 for d in dtypes):
         return "xla"
     product = 2 * vocab_size * sum(widths) / device.flops  # seconds per row, as are those below

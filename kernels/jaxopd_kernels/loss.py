@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxopd_kernels.checks import check_model, checked_vocabulary
 from jaxopd_kernels.loss_forms import ENTROPY, Divergence, Elementwise, Kind, divergence
+from jaxopd_kernels.products import product
 
 # Float32 logits of one wave, all models together. Each wave reads and writes the float32 gradient of the head once: at
 # V = 151,936 an accelerator needs the 824 rows of two models that this gives to hide that behind the matrix products. A
@@ -100,24 +102,10 @@ def entropy_loss(
 
 def _checked(hidden: Arrays, heads: Arrays, vocab_size: int | None) -> tuple[Arrays, Arrays]:
     """Checks every model's shapes and cuts the heads to the vocabulary that counts."""
-    T = hidden[0].shape[0]
-    for x, head in zip(hidden, heads, strict=True):
-        if x.ndim != 2 or head.ndim != 2 or x.shape != (T, head.shape[1]):
-            raise ValueError(f"hidden, head: found shapes {x.shape} and {head.shape}, expected [{T}, D] and [V, D]")
-    largest = min(head.shape[0] for head in heads)
-    vocab_size = largest if vocab_size is None else vocab_size
-    if not 1 <= vocab_size <= largest:
-        raise ValueError(f"vocab_size: found {vocab_size}, expected 1 to {largest}, the rows that all heads have")
+    for name, x, head in zip(("s", "t") if len(heads) > 1 else ("",), hidden, heads, strict=True):
+        check_model(name, x, head, hidden[0].shape[0])
+    vocab_size = checked_vocabulary(vocab_size, min(head.shape[0] for head in heads))
     return hidden, tuple(head[:vocab_size] for head in heads)
-
-
-def _product(formula: str, x: Array, y: Array) -> Array:
-    """Contracts two arrays in the wider of their dtypes, accumulating and returning float32."""
-    dtype = jnp.promote_types(x.dtype, y.dtype)
-    precision = "highest" if dtype == jnp.float32 else None  # otherwise TPUs and GPUs round float32 inputs
-    return jnp.einsum(
-        formula, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def wave_shape(T: int, row_bytes: int, wave_bytes: int | None = None) -> tuple[int, int]:
@@ -149,7 +137,7 @@ def _flat(x: Float[Array, "waves rows *rest"], T: int) -> Float[Array, "T *rest"
 
 def _log_probabilities(hidden: Arrays, heads: Arrays, normalizers: Arrays = ()) -> tuple[Arrays, Arrays]:
     """Gives log P [rows, V] of every model and their log-sum-exps [rows], computed unless they are given."""
-    logits = [_product("td,vd->tv", x, head) for x, head in zip(hidden, heads, strict=True)]
+    logits = [product("td,vd->tv", x, head) for x, head in zip(hidden, heads, strict=True)]
     normalizers = normalizers or tuple(jax.nn.logsumexp(z, axis=-1) for z in logits)
     return tuple(z - normalizer[:, None] for z, normalizer in zip(logits, normalizers, strict=True)), normalizers
 
@@ -181,8 +169,8 @@ def _gradients(
         # P sums to 1 only up to rounding; divided by its sum, a constant in f cancels exactly (20 times less error)
         fbar = jnp.sum(weighted_f, axis=-1, keepdims=True) / jnp.sum(p, axis=-1, keepdims=True)
         d_logits = (weights[:, None] * (p * fbar - weighted_f)).astype(dtype)
-        d_head = d_head + _product("tv,td->vd", d_logits, hidden[0])
-        return d_head, (_product("tv,vd->td", d_logits, heads[0]), jnp.sum(form.density(*log_p), axis=-1))
+        d_head = d_head + product("tv,td->vd", d_logits, hidden[0])
+        return d_head, (product("tv,vd->td", d_logits, heads[0]), jnp.sum(form.density(*log_p), axis=-1))
 
     rows = _in_waves((weights.astype(jnp.float32), hidden, normalizers), heads, wave_bytes)
     d_head, (d_hidden, losses) = jax.lax.scan(wave, jnp.zeros(heads[0].shape, jnp.float32), rows)

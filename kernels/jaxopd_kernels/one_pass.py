@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxopd_kernels import streaming, xla
-from jaxopd_kernels.rows import VocabularyForm, top_k
+from jaxopd_kernels.rows import top_k
 from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
 from jaxopd_kernels.streaming import DISTANCE, HEAD, PAIR, Pass
 
@@ -57,16 +57,9 @@ def pair_statistics(
     head_t: Float[Array, "Vt Dt"],
     ids: Int[Array, "T K"],
     vocab_size: int,
-    forms: tuple[VocabularyForm, ...],
     second_pass: bool,
 ) -> PairStatistics:
-    """Computes the statistics of two models with a kernel.
-
-    Forms take whole rows of log-probabilities; where those are held every other statistic is cheap, so that calls
-    with forms are the chunked XLA implementation's.
-    """
-    if forms:
-        return xla.pair_statistics(hidden_s, head_s, hidden_t, head_t, ids, vocab_size, forms, second_pass)
+    """Computes the statistics of two models with a kernel, in two launches where the second pass is wanted."""
     hidden, heads, T = (hidden_s, hidden_t), (head_s, head_t), hidden_s.shape[0]
     sums = launch(PAIR, hidden, heads, vocab_size).sums
     fields = streaming.divergences(sums)
@@ -74,13 +67,11 @@ def pair_statistics(
         given = streaming.logsumexp2(sums.m_s, sums.S_s), streaming.logsumexp2(sums.m_t, sums.S_t)
         fields |= streaming.distances(launch(DISTANCE, hidden, heads, vocab_size, given).sums)
     else:
-        fields |= dict.fromkeys(("js", "total_variation"), jnp.full(T, jnp.nan))
+        fields |= dict.fromkeys(("js", "js_student", "total_variation"), jnp.full(T, jnp.nan))
     return PairStatistics(
         **fields,
         log_p=logits_at(hidden_s, head_s, ids, vocab_size) - fields["logsumexp_student"][:, None],
         log_q=logits_at(hidden_t, head_t, ids, vocab_size) - fields["logsumexp_teacher"][:, None],
-        f=jnp.zeros((T, 0, ids.shape[1])),
-        fbar=jnp.zeros((T, 0)),
     )
 
 

@@ -5,7 +5,6 @@ Divergences are summed in forms whose every summand is >= 0, from x = log P - lo
 at second order, and a KL of 1e-8 keeps its digits (the textbook sum P log(P / Q) loses them below 1e-5).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,9 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
-
-# (log_p [V], log_q [V]) -> f [V]
-VocabularyForm = Callable[[Array, Array], Array]
 
 SERIES_RADIUS = 0.25  # where |x| is smaller, the summands come from their Taylor series
 GROUP = 64  # columns per group in top_k; near sqrt(V / k) for V = 151,936 and k = 32
@@ -59,23 +55,14 @@ def _js_summand(p: Array, q: Array, x: Array) -> Array:
     return (p + q) / 2 * jnp.where(half < SERIES_RADIUS, series, exact)
 
 
-def at_ids(values: Float[Array, "T V"], ids: Int[Array, "T K"], outside: float) -> Float[Array, "T K"]:
-    """Takes values at the ids, and `outside` where an id is no column."""
+def at_ids(values: Float[Array, "T V"], ids: Int[Array, "T K"]) -> Float[Array, "T K"]:
+    """Takes values at the ids, and -inf where an id is no column."""
     inside = (ids >= 0) & (ids < values.shape[-1])
-    return jnp.where(inside, jnp.take_along_axis(values, jnp.where(inside, ids, 0), axis=-1), outside)
-
-
-def stack_forms(values: list[Array], shape: tuple[int, ...]) -> Float[Array, "T F *K"]:
-    """Joins one array [T, ...] per form along a second axis, which is empty if there are no forms."""
-    return jnp.stack(values, axis=1) if values else jnp.zeros((shape[0], 0, *shape[1:]), jnp.float32)
+    return jnp.where(inside, jnp.take_along_axis(values, jnp.where(inside, ids, 0), axis=-1), -jnp.inf)
 
 
 def pair_rows(
-    z_s: Float[Array, "T V"],
-    z_t: Float[Array, "T V"],
-    ids: Int[Array, "T K"],
-    forms: tuple[VocabularyForm, ...] = (),
-    second_pass: bool = True,
+    z_s: Float[Array, "T V"], z_t: Float[Array, "T V"], ids: Int[Array, "T K"], second_pass: bool = True
 ) -> PairStatistics:
     """Computes the statistics of student and teacher logits; -inf marks a token that both models exclude."""
     student, teacher = _softmax(z_s), _softmax(z_t)
@@ -87,8 +74,11 @@ def pair_rows(
     x = gap - jnp.log(student.total / teacher.total)
     centred = gap - mean_gap  # fbar - f
     norms = jnp.sqrt(jnp.sum(p * p, axis=-1)) * jnp.sqrt(jnp.sum(q * q, axis=-1))
-    log_p, log_q = student.log_probability(z_s), teacher.log_probability(z_t)
-    values = [jax.vmap(form)(log_p, log_q) for form in forms]
+    distances = {
+        "js": _js_summand(p, q, x),
+        "js_student": _kl_summand(p, (p + q) / 2, jnp.log(2.0) - jax.nn.softplus(-x)),
+        "total_variation": jnp.abs(p - q) / 2,
+    }
     return PairStatistics(
         logsumexp_student=student.logsumexp,
         logsumexp_teacher=teacher.logsumexp,
@@ -96,16 +86,13 @@ def pair_rows(
         entropy_teacher=teacher.entropy,
         reverse_kl=jnp.sum(_kl_summand(p, q, x), axis=-1),
         forward_kl=jnp.sum(_kl_summand(q, p, -x), axis=-1),
-        js=jnp.sum(_js_summand(p, q, x), axis=-1) if second_pass else jnp.full(ids.shape[:1], jnp.nan),
-        total_variation=jnp.sum(jnp.abs(p - q), axis=-1) / (2 if second_pass else jnp.nan),
         l2=jnp.sqrt(jnp.sum((p - q) ** 2, axis=-1)),
         cosine=jnp.minimum(jnp.sum(p * q, axis=-1) / norms, 1.0),
         variance=jnp.sum(p * centred**2, axis=-1),
         gradient_norm=jnp.sqrt(jnp.sum((p * centred) ** 2, axis=-1)),
-        log_p=student.log_probability(at_ids(z_s, ids, -jnp.inf)),
-        log_q=teacher.log_probability(at_ids(z_t, ids, -jnp.inf)),
-        f=stack_forms([at_ids(f, ids, 0.0) for f in values], ids.shape),
-        fbar=stack_forms([jnp.sum(jnp.where(p > 0, p * f, 0.0), axis=-1) for f in values], ids.shape[:1]),
+        log_p=student.log_probability(at_ids(z_s, ids)),
+        log_q=teacher.log_probability(at_ids(z_t, ids)),
+        **{name: jnp.sum(x, axis=-1) if second_pass else jnp.full(len(x), jnp.nan) for name, x in distances.items()},
     )
 
 
@@ -118,7 +105,7 @@ def head_rows(z: Float[Array, "T V"], ids: Int[Array, "T K"], k: int = 0) -> Hea
         entropy=softmax.entropy,
         top_ids=top_ids,
         top_log_p=softmax.log_probability(top_z),
-        log_p=softmax.log_probability(at_ids(z, ids, -jnp.inf)),
+        log_p=softmax.log_probability(at_ids(z, ids)),
     )
 
 

@@ -16,15 +16,14 @@ class PairStatistics:
     reverse_kl       [T]  KL(P || Q)
     forward_kl       [T]  KL(Q || P)
     js               [T]  KL(P || M) / 2 + KL(Q || M) / 2 with M = (P + Q) / 2
+    js_student       [T]  KL(P || M), twice the student's share of it
     total_variation  [T]  sum |P - Q| / 2
     l2               [T]  ||P - Q||
     cosine           [T]  P.Q / (||P|| ||Q||)
     variance         [T]  variance under P of log Q - log P
     gradient_norm    [T]  ||P (f - fbar)|| with f = log Q - log P, the reverse-KL gradient in the student's logits
-    js and total_variation are NaN where pair_statistics was told to leave out the second pass.
+    js, js_student and total_variation are NaN where pair_statistics was told to leave out the second pass.
     log_p, log_q     [T, K] at the given ids; -inf where the id is outside the common vocabulary (padding is -1)
-    f                [T, F, K] each extra form at the ids; 0 where the id is outside
-    fbar             [T, F] its mean under P over the whole common vocabulary
     """
 
     logsumexp_student: Float[Array, "T"]
@@ -34,6 +33,7 @@ class PairStatistics:
     reverse_kl: Float[Array, "T"]
     forward_kl: Float[Array, "T"]
     js: Float[Array, "T"]
+    js_student: Float[Array, "T"]
     total_variation: Float[Array, "T"]
     l2: Float[Array, "T"]
     cosine: Float[Array, "T"]
@@ -41,8 +41,6 @@ class PairStatistics:
     gradient_norm: Float[Array, "T"]
     log_p: Float[Array, "T K"]
     log_q: Float[Array, "T K"]
-    f: Float[Array, "T F K"]
-    fbar: Float[Array, "T F"]
 
 
 @jax.tree_util.register_dataclass

@@ -63,7 +63,8 @@ class PairSums(NamedTuple):
 class DistanceSums(NamedTuple):
     """Sums of distances between P and Q, each one number a row, for a pass that is given both log-sum-exps."""
 
-    J: Any  # sum p log2(p / m) + q log2(q / m) with m = (p + q) / 2
+    J_s: Any  # sum p log2(p / m) with m = (p + q) / 2
+    J_t: Any  # sum q log2(q / m)
     L1: Any  # sum |p - q|
 
 
@@ -164,11 +165,13 @@ def distance_tile(
     """Adds a tile of both models' logits, given their whole rows' log-sum-exps in base 2."""
     x_s, x_t = z_s * LOG2E - columns.spread(lse_s), z_t * LOG2E - columns.spread(lse_t)
     p, q = jnp.exp2(x_s), jnp.exp2(x_t)
-    log2_m = jnp.log(jnp.maximum(p + q, 1e-37)) * LOG2E - 1.0
-    return DistanceSums(
-        J=old.J + columns.total(p * (x_s - log2_m) + q * (x_t - log2_m)),
-        L1=old.L1 + columns.total(jnp.abs(p - q)),
-    )
+    m = jnp.maximum(p + q, TINY) / 2
+
+    # From p and q alone: were the logits kept for log2 p, a kernel would run out of registers.
+    def share(part: Array) -> Array:
+        return columns.total(part * jnp.log(jnp.maximum(part / m, TINY))) * LOG2E
+
+    return DistanceSums(old.J_s + share(p), old.J_t + share(q), old.L1 + columns.total(jnp.abs(p - q)))
 
 
 def merged_head(streams: HeadSums) -> HeadSums:
@@ -201,7 +204,7 @@ class Pass(NamedTuple):
 HEAD = Pass(1, HeadSums(NOTHING_YET, 0.0, 0.0), head_tile, merged_head)
 PAIR = Pass(2, PairSums(NOTHING_YET, NOTHING_YET, *[0.0] * 13), pair_tile, merged_pair)
 DISTANCE = Pass(
-    2, DistanceSums(0.0, 0.0), distance_tile, lambda streams: DistanceSums(streams.J.sum(0), streams.L1.sum(0))
+    2, DistanceSums(0.0, 0.0, 0.0), distance_tile, lambda streams: DistanceSums(*(x.sum(0) for x in streams))
 )
 
 
@@ -257,4 +260,8 @@ def _distance(sums: PairSums) -> Float[Array, "T"]:
 
 def distances(sums: DistanceSums) -> dict[str, Float[Array, "T"]]:
     """Turns the second pass's sums into fields of PairStatistics."""
-    return {"js": LN2 / 2 * jnp.maximum(sums.J, 0.0), "total_variation": sums.L1 / 2}
+    return {
+        "js": LN2 / 2 * jnp.maximum(sums.J_s + sums.J_t, 0.0),
+        "js_student": LN2 * jnp.maximum(sums.J_s, 0.0),
+        "total_variation": sums.L1 / 2,
+    }

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxopd_kernels import choice, trunk_attention_hopper, trunk_attention_tpu
+from jaxopd_kernels.attention import Part, cache_attention
 
 LEAST_TRUNK, LEAST_SLOTS = 256, 32  # below, the trunk's keys fit in caches and a plain product is as fast
 
@@ -23,8 +23,8 @@ class TrunkAttention(NamedTuple):
 
 def trunk_attention(
     q: Float[Array, "*N B H h"],
-    k: Float[Array, "*N L K h"],
-    v: Float[Array, "*N L K h"],
+    k: Float[Array, "*N K L h"],
+    v: Float[Array, "*N K L h"],
     end: Int[Array, "*N B"],
     *,
     implementation: str | None = None,
@@ -32,17 +32,17 @@ def trunk_attention(
     """Attends each slot's one query per head to the first `end` positions of the trunk all slots share.
 
     out[b] = softmax_j(q[b] k[j] / sqrt(h)) v[j] over j < end[b], and lse[b], the log-sum-exp of those scores, by which
-    the result merges with attention over other keys. Both are float32. H is a multiple of K (grouped queries). Where
-    end is 0, out is 0 and lse -inf; an end beyond L counts as L. Keys and values past every end must still be finite.
+    the result merges with attention over other keys. Both are float32. H is a multiple of K (grouped queries). An end
+    beyond L counts as L; where end is 0, out is 0 and lse NO_KEYS. Keys and values past every end must be finite, too.
 
     Arrays may share one leading axis of N groups, each with its own trunk. implementation: a name of
-    TRUNK_IMPLEMENTATIONS, None for `chosen_implementation`'s. The kernels are faster if slots are sorted by `end`
-    (they skip tiles of keys that 128 neighbouring rows do not need) and L is a multiple of 512 (no copy). XLA cannot
-    partition a kernel: over several devices, call this inside jax.shard_map.
+    TRUNK_IMPLEMENTATIONS, None for `chosen_implementation`'s. The kernels read keys and values where they lie if L is a
+    multiple of 128 (TPU) or 64 (Hopper), else they copy them. XLA cannot partition a kernel: over several devices, call
+    this inside jax.shard_map.
     Raises ValueError on shapes that do not fit, on an unknown implementation and on inputs that it does not take.
     """
     _check_shapes(q, k, v, end)
-    L, h = k.shape[-3], k.shape[-1]
+    L, h = k.shape[-2:]
     if implementation is None:
         dtype, slots = jnp.result_type(q, k, v), q.shape[-3]
         implementation = chosen_implementation(choice.local_kind(), dtype, slots=slots, trunk=L, head_dim=h)
@@ -82,37 +82,22 @@ def _check_shapes(q: Array, k: Array, v: Array, end: Array) -> None:
         and end.shape == q.shape[:-2]
         and q.shape[:-3] == k.shape[:-3]
         and q.shape[-1] == k.shape[-1]
-        and q.shape[-2] % k.shape[-2] == 0
+        and q.shape[-2] % k.shape[-3] == 0
     )
     if not fits:
         raise ValueError(
-            f"q, k, v, end: found shapes {q.shape}, {k.shape}, {v.shape}, {end.shape}, expected [B, H, h], [L, K, h], "
-            "[L, K, h], [B] with H a multiple of K, all with or all without a leading axis of groups"
+            f"q, k, v, end: found shapes {q.shape}, {k.shape}, {v.shape}, {end.shape}, expected [B, H, h], [K, L, h], "
+            "[K, L, h], [B] with H a multiple of K, all with or all without a leading axis of groups"
         )
     if not jax.dtypes.issubdtype(end.dtype, jnp.integer):
         raise ValueError(f"end: found {end.dtype}, expected integers")
 
 
 def _xla(
-    q: Float[Array, "N B H h"], k: Float[Array, "N L K h"], v: Float[Array, "N L K h"], end: Int[Array, "N B"]
-) -> tuple[Float[Array, "N B H h"], Float[Array, "N B H"]]:
+    q: Float[Array, "N B H h"], k: Float[Array, "N K L h"], v: Float[Array, "N K L h"], end: Int[Array, "N B"]
+) -> Part:
     """Materialises the scores, N B H L floats; any dtype, float32 softmax."""
-    N, B, H, h = q.shape
-    L, K = k.shape[1:3]
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
-    q_NBKGh = q.reshape(N, B, K, H // K, h)
-    scores = jnp.einsum("NBKGh,NLKh->NKBGL", q_NBKGh, k, precision=precision, preferred_element_type=jnp.float32)
-    keep = (jnp.arange(L)[None, None] < end[..., None])[:, None, :, None]
-    scores = jnp.where(keep, scores * h**-0.5, -jnp.inf)
-    peak = jnp.where(keep.any(-1), scores.max(-1), 0.0)
-    weights = jnp.exp(scores - peak[..., None])
-    total = weights.sum(-1).transpose(0, 2, 1, 3)
-    out = jnp.einsum(
-        "NKBGL,NLKh->NBKGh", weights.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32
-    )
-    out = out / jnp.where(total > 0, total, 1.0)[..., None]
-    lse = peak.transpose(0, 2, 1, 3) + jnp.log(total)
-    return out.reshape(N, B, H, h), lse.reshape(N, B, H)
+    return cache_attention(q, k, v, jnp.arange(k.shape[2])[None, None] < end[..., None])
 
 
 TRUNK_IMPLEMENTATIONS: Mapping[str, TrunkAttention] = MappingProxyType(

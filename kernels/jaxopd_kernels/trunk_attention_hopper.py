@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from jaxopd_kernels.attention import NO_KEYS
 from jaxopd_kernels.trunk_attention_rows import fold_rows, needed_tiles, unfold_rows, whole_tiles
 
 TILE = 64  # keys per step
@@ -34,17 +35,17 @@ ROW, MATRIX = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
 
 
 def trunk_attention(
-    q: Float[Array, "N B H h"], k: Float[Array, "N L K h"], v: Float[Array, "N L K h"], end: Int[Array, "N B"]
+    q: Float[Array, "N B H h"], k: Float[Array, "N K L h"], v: Float[Array, "N K L h"], end: Int[Array, "N B"]
 ) -> tuple[Float[Array, "N B H h"], Float[Array, "N B H"]]:
     """Attends bfloat16 queries to the trunk; a trunk whose length is no multiple of TILE is padded, that is, copied."""
-    B, H = q.shape[1:3]
-    missing = ((0, 0), (0, -k.shape[1] % TILE), (0, 0), (0, 0))
-    rows, ends = fold_rows(q, end, k.shape[2], BLOCK_ROWS)
-    splits = split_count(rows.shape, k.shape[1])
+    K, L = k.shape[1:3]
+    missing = ((0, 0), (0, 0), (0, -L % TILE), (0, 0))
+    rows, ends, order = fold_rows(q, end, K, BLOCK_ROWS)
+    splits = split_count(rows.shape, L)
     whole = whole_tiles(ends, WARPGROUP_ROWS, TILE)
     needed = needed_tiles(ends, BLOCK_ROWS, TILE)
     partial = _partial_sums(rows, jnp.pad(k, missing), jnp.pad(v, missing), ends, whole, needed, splits)
-    return unfold_rows(*_merged(*partial), B, H)
+    return unfold_rows(*_merged(*partial), order, q.shape[2])
 
 
 def split_count(rows_shape: tuple[int, ...], trunk_length: int) -> int:
@@ -61,7 +62,7 @@ def _merged(
     factor = jnp.exp2(peak - highest[None])
     whole = (factor * total).sum(0)
     out = (factor[..., None] * sums).sum(0) / jnp.where(whole > 0, whole, 1.0)[..., None]
-    return out, jnp.where(whole > 0, highest, 0.0) / LOG2E + jnp.log(whole)
+    return out, jnp.where(whole > 0, highest / LOG2E + jnp.log(jnp.where(whole > 0, whole, 1.0)), NO_KEYS)
 
 
 def _scratch(h: int, dtype: jnp.dtype) -> dict:
@@ -84,8 +85,8 @@ def _scratch(h: int, dtype: jnp.dtype) -> dict:
 
 def _partial_sums(
     q: Float[Array, "N K R h"],
-    k: Float[Array, "N L K h"],
-    v: Float[Array, "N L K h"],
+    k: Float[Array, "N K L h"],
+    v: Float[Array, "N K L h"],
     end: Int[Array, "N R"],
     whole: Int[Array, "N R/64"],
     needed: Int[Array, "N R/128"],
@@ -143,8 +144,8 @@ def _produce_tiles(q, k, v, first, stop, *, q_tile, k_ring, v_ring, q_loaded, k_
             plgpu.barrier_wait(consumed.at[stage])
 
         keys = pl.ds((first + step) * TILE, TILE)
-        plgpu.copy_gmem_to_smem(k.at[group, keys, head], k_ring.at[stage], k_loaded.at[stage])
-        plgpu.copy_gmem_to_smem(v.at[group, keys, head], v_ring.at[stage], v_loaded.at[stage])
+        plgpu.copy_gmem_to_smem(k.at[group, head, keys], k_ring.at[stage], k_loaded.at[stage])
+        plgpu.copy_gmem_to_smem(v.at[group, head, keys], v_ring.at[stage], v_loaded.at[stage])
 
     # Every arrival is awaited: a barrier must not be left in the middle of a phase.
     @pl.loop(jnp.maximum(steps - STAGES, 0), steps)

@@ -18,31 +18,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from jaxopd_kernels.attention import NO_KEYS
 from jaxopd_kernels.trunk_attention_rows import fold_rows, needed_tiles, unfold_rows, whole_tiles
 
 LANES = 128
 MOST_ROWS = 512  # of a block: 1 MB of scores; more rows would read the trunk less often
-TILE = 512  # keys
+MOST_KEYS = 512  # of a tile
 NEVER = -1e30  # a peak below every score, finite so that differences of two stay finite
 CONTRACT_LAST, CONTRACT_FIRST = (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
 def trunk_attention(
-    q: Float[Array, "N B H h"], k: Float[Array, "N L K h"], v: Float[Array, "N L K h"], end: Int[Array, "N B"]
+    q: Float[Array, "N B H h"], k: Float[Array, "N K L h"], v: Float[Array, "N K L h"], end: Int[Array, "N B"]
 ) -> tuple[Float[Array, "N B H h"], Float[Array, "N B H"]]:
-    """Attends bfloat16 queries to the trunk.
-
-    Keys and values are copied once into the layout [N, L, K h], padded to a multiple of TILE; in a decoding loop over
-    the same trunk XLA does so before the loop.
-    """
+    """Attends bfloat16 queries to the trunk; one whose length is no multiple of LANES is padded, that is, copied."""
     N, B, H, h = q.shape
-    L, K = k.shape[1:3]
+    K, L = k.shape[1:3]
     block = min(MOST_ROWS, -(-B * H // K // LANES) * LANES)
-    rows, ends = fold_rows(q, end, K, block)
-    # A head is h neighbouring columns: its keys are a rectangle of whole lanes.
-    k, v = (jnp.pad(x.reshape(N, L, K * h), ((0, 0), (0, -L % TILE), (0, 0))) for x in (k, v))
-    bounds = whole_tiles(ends, block, TILE), needed_tiles(ends, block, TILE)
-    R, tiles = rows.shape[2], k.shape[1] // TILE
+    rows, ends, order = fold_rows(q, end, K, block)
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -L % LANES), (0, 0))) for x in (k, v))
+    tile = math.gcd(k.shape[2], MOST_KEYS)
+    bounds = whole_tiles(ends, block, tile), needed_tiles(ends, block, tile)
+    R, tiles = rows.shape[2], k.shape[2] // tile
 
     def of_rows(n, head, r, t, whole, needed):
         return n, head, r, 0
@@ -54,7 +51,7 @@ def trunk_attention(
         return n, 0, r
 
     def of_tile(n, head, r, t, whole, needed):
-        return n, jnp.clip(t, 0, jnp.maximum(needed[n, r] - 1, 0)), head
+        return n, head, jnp.clip(t, 0, jnp.maximum(needed[n, r] - 1, 0)), 0
 
     out, lse = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles),
@@ -63,8 +60,8 @@ def trunk_attention(
             grid=(N, K, R // block, tiles),
             in_specs=[
                 pl.BlockSpec((None, None, block, h), of_rows),
-                pl.BlockSpec((None, TILE, h), of_tile),
-                pl.BlockSpec((None, TILE, h), of_tile),
+                pl.BlockSpec((None, None, tile, h), of_tile),
+                pl.BlockSpec((None, None, tile, h), of_tile),
                 pl.BlockSpec((None, 1, block), of_end),
             ],
             out_specs=[pl.BlockSpec((None, None, block, h), of_rows), pl.BlockSpec((None, None, 1, block), of_lse)],
@@ -74,7 +71,7 @@ def trunk_attention(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         name="trunk_attention",
     )(*bounds, rows, k, v, ends[:, None])
-    return unfold_rows(out, lse[:, :, 0], B, H)
+    return unfold_rows(out, lse[:, :, 0], order, H)
 
 
 def _kernel(whole, needed, q, k, v, end, out, lse, sums, peak, total, *, tiles):
@@ -91,7 +88,7 @@ def _kernel(whole, needed, q, k, v, end, out, lse, sums, peak, total, *, tiles):
         scores = lax.dot_general(k[...], q[...], CONTRACT_LAST, preferred_element_type=jnp.float32)
         scores *= 1 / math.sqrt(q.shape[1])
         if masked:
-            keep = tile * TILE + lax.broadcasted_iota(jnp.int32, scores.shape, 0) < end[...]
+            keep = tile * k.shape[0] + lax.broadcasted_iota(jnp.int32, scores.shape, 0) < end[...]
             scores = jnp.where(keep, scores, NEVER)
         new_peak = jnp.maximum(peak[...], scores.max(0, keepdims=True))
         weight = jnp.exp(scores - new_peak)
@@ -111,4 +108,4 @@ def _kernel(whole, needed, q, k, v, end, out, lse, sums, peak, total, *, tiles):
     def _finish():
         seen = total[...] > 0
         out[...] = (sums[...] / jnp.where(seen, total[...], 1.0)).T
-        lse[...] = jnp.where(seen, peak[...], 0.0) + jnp.log(total[...])
+        lse[...] = jnp.where(seen, peak[...] + jnp.log(jnp.where(seen, total[...], 1.0)), NO_KEYS)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxopd_kernels.rows import VocabularyForm, at_ids, head_rows, pair_rows, stack_forms
+from jaxopd_kernels.products import product
+from jaxopd_kernels.rows import at_ids, head_rows, pair_rows
 from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
 
 # Float32 logits of one chunk of rows: at V = 151,936, 128 rows of two models. Fewer would make the heads' bytes the
@@ -21,12 +22,7 @@ Statistics = TypeVar("Statistics", PairStatistics, HeadStatistics)
 
 def logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"], vocab_size: int) -> Float[Array, "T V"]:
     """Multiplies hidden states by the head's first vocab_size rows, accumulating and returning float32."""
-    dtype = jnp.promote_types(hidden.dtype, head.dtype)
-    precision = "highest" if dtype == jnp.float32 else None  # otherwise TPUs and GPUs round float32 inputs
-    z = jnp.einsum(
-        "td,vd->tv", hidden.astype(dtype), head.astype(dtype), precision=precision, preferred_element_type=jnp.float32
-    )
-    return z[:, :vocab_size]
+    return product("td,vd->tv", hidden, head)[:, :vocab_size]
 
 
 def rows_per_chunk(row_bytes: int, chunk_bytes: int | None) -> int:
@@ -63,7 +59,6 @@ def pair_statistics(
     head_t: Float[Array, "Vt Dt"],
     ids: Int[Array, "T K"],
     vocab_size: int,
-    forms: tuple[VocabularyForm, ...],
     second_pass: bool = True,
     chunk_bytes: int | None = None,
 ) -> PairStatistics:
@@ -71,7 +66,7 @@ def pair_statistics(
 
     def chunk(hidden_s: Array, hidden_t: Array, ids: Array) -> PairStatistics:
         z_s, z_t = logits(hidden_s, head_s, vocab_size), logits(hidden_t, head_t, vocab_size)
-        return pair_rows(z_s, z_t, ids, forms, second_pass)
+        return pair_rows(z_s, z_t, ids, second_pass)
 
     rows = rows_per_chunk(4 * (head_s.shape[0] + head_t.shape[0]), chunk_bytes)
     return in_chunks(chunk, (hidden_s, hidden_t, ids), rows)
@@ -100,7 +95,6 @@ def pair_statistics_materialized(
     head_t: Float[Array, "Vt Dt"],
     ids: Int[Array, "T K"],
     vocab_size: int,
-    forms: tuple[VocabularyForm, ...],
     second_pass: bool = True,
 ) -> PairStatistics:
     """Computes the same from all [T, V] logits by the definitions; its small divergences are only good to 1e-5."""
@@ -110,8 +104,8 @@ def pair_statistics_materialized(
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
     f = log_q - log_p
     fbar = jnp.sum(p * f, axis=-1, keepdims=True)
-    values = [jax.vmap(form)(log_p, log_q) for form in forms]
     total = partial(jnp.sum, axis=-1)
+    once = 1.0 if second_pass else jnp.nan
     return PairStatistics(
         logsumexp_student=jax.nn.logsumexp(z_s, axis=-1),
         logsumexp_teacher=jax.nn.logsumexp(z_t, axis=-1),
@@ -119,16 +113,15 @@ def pair_statistics_materialized(
         entropy_teacher=-total(q * log_q),
         reverse_kl=total(p * (log_p - log_q)),
         forward_kl=total(q * (log_q - log_p)),
-        js=total(p * (log_p - log_m) + q * (log_q - log_m)) / (2 if second_pass else jnp.nan),
-        total_variation=total(jnp.abs(p - q)) / (2 if second_pass else jnp.nan),
+        js=total(p * (log_p - log_m) + q * (log_q - log_m)) / 2 * once,
+        js_student=total(p * (log_p - log_m)) * once,
+        total_variation=total(jnp.abs(p - q)) / 2 * once,
         l2=jnp.linalg.norm(p - q, axis=-1),
         cosine=total(p * q) / (jnp.linalg.norm(p, axis=-1) * jnp.linalg.norm(q, axis=-1)),
         variance=total(p * (f - fbar) ** 2),
         gradient_norm=jnp.linalg.norm(p * (f - fbar), axis=-1),
-        log_p=at_ids(log_p, ids, -jnp.inf),
-        log_q=at_ids(log_q, ids, -jnp.inf),
-        f=stack_forms([at_ids(f, ids, 0.0) for f in values], ids.shape),
-        fbar=stack_forms([total(p * f) for f in values], ids.shape[:1]),
+        log_p=at_ids(log_p, ids),
+        log_q=at_ids(log_q, ids),
     )
 
 
@@ -144,5 +137,5 @@ def head_statistics_materialized(
         entropy=-jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
         top_ids=top_ids,
         top_log_p=top_log_p,
-        log_p=at_ids(log_p, ids, -jnp.inf),
+        log_p=at_ids(log_p, ids),
     )

@@ -38,6 +38,7 @@ def pair_in_float64(z_s, z_t) -> dict[str, np.ndarray]:
         "reverse_kl": (p * (log_p - log_q)).sum(-1),
         "forward_kl": (q * (log_q - log_p)).sum(-1),
         "js": (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2,
+        "js_student": (p * (log_p - log_m)).sum(-1),
         "total_variation": np.abs(p - q).sum(-1) / 2,
         "l2": np.linalg.norm(p - q, axis=-1),
         "cosine": (p * q).sum(-1) / np.linalg.norm(p, axis=-1) / np.linalg.norm(q, axis=-1),

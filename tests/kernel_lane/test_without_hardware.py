@@ -17,14 +17,10 @@ TOKENIZER_V = 151_669  # what Qwen3's tokenizer produces: the rest of the head i
 LARGEST_TEMPORARY = 1e9
 
 
-def ratio(log_p, log_q):
-    return jnp.exp(log_q - log_p)
-
-
 def case(op: str, implementation: str | None, vocab_size: int | None = None):
     """A jitted op and the shapes of its arguments."""
     if op == "pair":
-        call = partial(pair_statistics, forms=(ratio,), implementation=implementation, vocab_size=vocab_size)
+        call = partial(pair_statistics, implementation=implementation, vocab_size=vocab_size)
         shapes = [(T, DS), (V, DS), (T, DT), (V, DT)]
     else:
 
