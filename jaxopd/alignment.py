@@ -166,12 +166,14 @@ def aggregate(
     score, norm = f"align_{form}{suffix}", f"ideal_norm{suffix}"
     if missing := [c for c in (score, norm, "success_range", "decision", *by) if c not in nodes.columns]:
         raise InputError(f"nodes: found no column {missing[0]!r}, expected {', '.join([score, norm, *by])}")
-    rows = []
-    for key, group in _groups(nodes, by):
-        cosine, ideal_norm, success_range = (group[c].to_numpy(float) for c in (score, norm, "success_range"))
-        summary = summarize(cosine, ideal_norm, success_range, group["decision"].to_numpy(bool))
-        rows.append(key | {name: value.item() for name, value in summary.items()})
-    return pd.DataFrame(rows, columns=[*by, *STATISTICS, "n"])
+    groups = nodes.groupby(list(by), sort=True, observed=True)
+    cell = groups.ngroup().to_numpy(), groups.cumcount().to_numpy()
+    shape = [int(place.max(initial=-1)) + 1 for place in cell]
+    tables = np.zeros((4, *shape))  # one row a group, padded: no decision node there
+    tables[:, *cell] = nodes[[score, norm, "success_range", "decision"]].to_numpy(float).T
+    summary = summarize(*tables[:3], tables[3] > 0)
+    keys = groups.size().reset_index()[list(by)]
+    return keys.assign(**{name: summary[name] for name in (*STATISTICS, "n")})
 
 
 def t_interval(values: Float[np.ndarray, "n"]) -> dict[str, float]:

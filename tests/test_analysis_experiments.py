@@ -48,7 +48,8 @@ def write_run(folder: Path, *, excluded: bool, decisions: bool = True) -> Path:
                     tokens.append(here | seen | success | {name: values[k] for name, values in q.items()})
                 for teacher in NAMES:
                     for estimator in ("pooled", "bellman", "truth"):
-                        scores = dict.fromkeys(("reverse_kl", "forward_kl", "js", "l2", "cosine", "p", "q"), 0.1)
+                        known = ("reverse_kl", "forward_kl", "js", "l2", "cosine", "p", "q")
+                        scores = dict.fromkeys((*known, "entropy_student", "entropy_teacher"), 0.1)
                         scores |= {
                             name: rng.uniform() for name in ("reverse_kl", "js", "l2", "cosine", "success_range")
                         }
@@ -112,7 +113,7 @@ def test_every_script_ends_with_its_results(scripts, runs, which, tmp_path) -> N
 
 
 def test_every_script_is_part_of_the_whole_and_of_the_readme(scripts) -> None:
-    parts = {path.stem for path in FOLDER.glob("*.py")} - {"all", "study", "paper", "drawing"}
+    parts = {path.stem for path in FOLDER.glob("*.py")} - {"all", "study", "claims", "paper", "drawing"}
     assert set(scripts("all").SCRIPTS) == parts
     readme = (FOLDER / "README.md").read_text()
     for part in parts:
@@ -131,6 +132,22 @@ def test_tables_hold_the_papers_numbers_for_the_settings_that_play_its_part(scri
     assert shown["pooled", "Self-1C"] == "0.047 \u00b1 0.021"
     assert shown["bellman", "T1"] == "0.018 \u00b1 0.024"  # the smallest external teacher
     assert {len(row) for row in paper.RANKING.values()} == {8}
+
+
+def test_the_papers_own_differences_follow_from_its_tables(scripts, runs) -> None:
+    study, claims = scripts("study"), scripts("claims")
+    played = study.Setting("S boolean", runs[0], paper=("0.6B", "BoolQ"))
+    printed = {claim.text: claim.paper(played) for claim in claims.CLAIMS}
+    by_hand = {
+        "the teacher is better aligned on incorrect paths than on correct ones": 0.044 - 0.011,
+        "contexts of correct demonstrations beat external teachers": (47 + 47 + 41 - 16 - 18 - 18) / 3000,
+        "a wrong demonstration beside the correct one hurts": 0.047 - 0.019,
+        "similarity of the distributions goes against alignment": 0.029,
+    }
+    for text, number in by_hand.items():
+        np.testing.assert_allclose(printed[text], number, atol=1e-12)
+    own = study.Setting("full", runs[0])
+    assert all(np.isnan(claim.paper(own)) for claim in claims.CLAIMS)
 
 
 def test_a_planted_finding_is_found_and_its_opposite_too(scripts, runs, tmp_path) -> None:

@@ -1,6 +1,9 @@
 """Whole diagnoses of BoolQ, MMLU and AIME files with Qwen3's own tokenizer, its template and its 151,936 rows."""
 
+import importlib
+import json
 import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from jaxopd.models import load_tokenizer
 pytestmark = [pytest.mark.fixtures, pytest.mark.slow]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TOKENIZER = SHARED / "tokenizer" / "qwen3_hf"
+UNMASKING = Path(__file__).resolve().parents[1] / "experiments" / "unmasking"
 MAKE = runpy.run_path(str(Path(__file__).with_name("make_checkpoint.py")))
 PRODUCED = 151669  # ids from here on have a row in the model and no text in the tokenizer
 SILENT = 151900
@@ -46,11 +50,11 @@ def random_checkpoint(tmp_path_factory):
     return MAKE["make_checkpoint"](tmp_path_factory.mktemp("models") / "random", tokenizer=TOKENIZER)
 
 
-def answering_checkpoint(folder, *, seed):
+def answering_checkpoint(folder, *, seed, always=None):
     """A random model that mostly says "The answer is <answer>.": its last layers move the odds with the context.
 
     Each token of CHAIN has a direction of its own in the residual stream, and the head's rows of the tokens that may
-    follow it point there, 18 nats above the other 151,900.
+    follow it point there, 18 nats above the other 151,900; with `always`, so do that answer's above the others'.
     """
     MAKE["make_checkpoint"](folder, replace(MAKE["SMALL"], tie_embeddings=False), tokenizer=TOKENIZER, seed=seed)
     tokenizer, weights = load_tokenizer(TOKENIZER), load_file(folder / "model.safetensors")
@@ -65,7 +69,8 @@ def answering_checkpoint(folder, *, seed):
         embedding[number(token)] = 0
         embedding[number(token), direction] = 1
         for after, log_weight in following.items():
-            head[number(after), direction] = (18 + log_weight) / width**0.5
+            sure = 12 * (after == always)
+            head[number(after), direction] = (18 + log_weight + sure) / width**0.5
     for name in weights:
         if "o_proj" in name or "down_proj" in name:
             weights[name] *= 5
@@ -97,6 +102,15 @@ def diagnose(out, student, task, questions, *teachers, **budgets):
     } | {name.replace("_", "-"): value for name, value in budgets.items()}
     pairs = [*options.items(), *(("teacher", teacher) for teacher in teachers)]
     return cli.main(["diagnose", *(str(x) for name, value in pairs for x in (f"--{name}", value))])
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Gives a loader of experiments/unmasking, whose modules are gone afterwards: their names are common words."""
+    monkeypatch.syspath_prepend(str(UNMASKING))
+    yield importlib.import_module
+    for path in UNMASKING.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def records(out):
@@ -173,3 +187,36 @@ def test_a_token_without_text_can_be_sampled_and_recorded(answering, tmp_path):
     assert len(silent)
     assert (silent["text"] == "").all()
     assert (silent["visits"] > 0).any()
+
+
+def test_every_experiment_ends_with_a_report_that_says_what_is_missing(
+    answering, random_checkpoint, scripts, tmp_path
+) -> None:
+    """Two benchmarks, one question with one teacher, a student that is always right, and one that never is."""
+    student, other = answering
+    first = json.loads((SHARED / "data" / FILES["boolq"][1]).read_text().split("\n")[0])
+    right = answering_checkpoint(tmp_path / "always right", seed=0, always=f" {first['answer']}")
+    teachers = ("Self-1C=self:1c", f"T={other}")
+    runs = {
+        "boolq": (student, "boolq", teachers, {"truth_rollouts": 4}),
+        "mmlu": (student, "mmlu", teachers, {}),
+        "single": (student, "boolq", teachers[1:], {"limit": 1}),
+        "right": (right, "boolq", teachers, {"limit": 1}),
+        "aime": (random_checkpoint, "aime, jsonl", teachers[:1], {"rollouts": 4}),
+    }
+    for name, (model, benchmark, judges, budgets) in runs.items():
+        assert diagnose(tmp_path / name, model, *FILES[benchmark], *judges, **budgets) == 0
+    chosen = scripts("study").study(["--runs", *(str(tmp_path / name) for name in runs), "--out", str(tmp_path)])
+    scripts("all").run(chosen)
+    table = pd.read_csv(tmp_path / "results" / "settings.csv", keep_default_na=False).set_index("setting")
+    assert table.loc["right", "left out"] == "1 none incorrect"
+    assert table.loc["aime", "left out"] == "2 none correct"
+    assert table.loc[["right", "aime"], "missing"].str.contains("no alignment").all()
+    assert "one question: no interval, no test; one teacher: no ranking" in table.loc["single", "missing"]
+    assert "no oracle" in table.loc["mmlu", "missing"]
+    assert "no oracle" not in table.loc["boolq", "missing"]
+    assert table.loc[["boolq", "mmlu"], "analysed"].ge(1).all()
+    index = (tmp_path / "results" / "index.md").read_text()
+    for table in (tmp_path / "results").glob("*.md"):
+        assert table.stem == "index" or table.read_text() in index
+    assert "no decision node" in (tmp_path / "results" / "figure4.svg").read_text()

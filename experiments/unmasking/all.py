@@ -6,7 +6,7 @@
     python experiments/unmasking/all.py --runs runs/boolq runs/mmlu   # finished runs of your own
 
 Makes the runs that are missing, then runs each script of this folder on them and writes OUT/results/index.md, with all
-tables in order, the findings first.
+tables in order: what was analysed, the findings, then the paper's.
 """
 
 import importlib
@@ -15,6 +15,7 @@ import time
 from study import Study, study
 
 SCRIPTS = (
+    "settings",
     "findings",
     *("table1", "table2", "table3", "table4", "table5", "table6", "tables7to9"),
     *("figure3", "figure4", "figure7", "figureE1", "figureE2", "robustness"),

@@ -48,7 +48,7 @@ def dots(axes: Axes, series: Mapping[str, pd.DataFrame], order: list[str]) -> No
         )
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.grid(axis="x")
-    axes.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - 0.5, -0.5))
+    axes.set(yticks=range(len(order)), yticklabels=order, ylim=(max(1, len(order)) - 0.5, -0.5))
 
 
 def distribution(axes: Axes, scores: Mapping[str, np.ndarray]) -> None:

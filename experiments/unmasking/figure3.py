@@ -5,6 +5,7 @@
 
 One panel a setting: share of decision nodes per bin of the cosine, all teachers, the default estimator; dashed: means.
 Beside it Figure 3's table: mean and SR-weighted cosine, correct against incorrect.
+Expected: two columns at -1 and 1 that hold most nodes, and outcomes that hardly differ.
 Deviations: the paper's estimator is pooled; its panel is one estimator away (figure3_pooled).
 """
 

@@ -6,6 +6,7 @@
 One factor at a time from a baseline (bellman, N_sig of the run, renormalized S_u, reverse KL, mean cosine): estimator
 of P_succ, N_sig, reading of S_u, filter on |g_ideal|, gradient form, statistic. Kendall's tau of each ranking with the
 baseline's, and whether the best teacher stays. The paper says that rankings are largely robust, with one reversal.
+Expected, median tau: N_sig 40 .89, exact success .57, pooled .68, restricted S_u .79, MiniLLM .32, global cosine .75.
 Deviations: the paper varies the metric and, on AIME, the filter; the other factors are new.
 """
 

@@ -3,7 +3,7 @@
 A setting is one student on one benchmark: a run of `jaxopd diagnose`, and one of `jaxopd screen` for Tables 7 to 9.
 Every script takes the same flags:
 
-    (none)            toy scale: S and M on boolean, choice and chain, 40 questions each, eight teachers
+    (none)            toy scale: S and M on boolean, choice and chain, 48 to 66 questions each, eight teachers
     --smoke           two settings of one question, minutes: does it run, not what does it say
     --scale paper     Qwen3-0.6B and 1.7B; --data the folder that holds boolq/, mmlu/ and aime25/
     --runs A B ...    finished runs of your own, any student and task
@@ -15,11 +15,12 @@ Runs are resumable and shared: the first script makes them, the others find them
 
 import argparse
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import matplotlib
@@ -41,7 +42,7 @@ from jaxopd.toy import MODELS
 from jaxopd.verbs.console import keep_compiled
 from jaxopd.verbs.demo import TOY_TEACHERS
 
-QUESTIONS = 40  # a setting, at toy scale
+QUESTIONS = {"boolean": 56, "choice": 66, "chain": 48}  # asked of each student, so that at least 40 can be analysed
 SELF_TEACHERS = (
     "Self-1C=self:1c",
     "Self-1C-large=self:1c@large",
@@ -52,9 +53,10 @@ SELF_TEACHERS = (
 TOY_BENCHMARKS = {"boolean": "BoolQ", "choice": "MMLU"}  # whose part a flavour plays; chain plays AIME's, untabulated
 TOY_STUDENTS = {"S": "0.6B", "M": "1.7B"}
 DATA_FOLDERS = {"BoolQ": "boolq", "MMLU": "mmlu", "AIME": "aime25"}
-TOY_BUDGETS = {"max_tokens": 80, "by_gradient": 5, "by_difference": 5, "truth_rollouts": 100}
+TOY_BUDGETS = {"max_tokens": 80, "by_gradient": 5, "by_difference": 5, "truth_rollouts": 40}
 SMOKE_BUDGETS = {"rollouts": 60, "by_gradient": 1, "by_difference": 1, "n_min": 20, "n_sig": 5, "truth_rollouts": 10}
-SMOKE_FLAVOURS = {"S": ("boolean",), "M": ("chain",)}
+SMOKE_FLAVOURS = {"S": "boolean", "M": "chain"}
+PAPER_QUESTIONS = 40
 AIME = {"limit": 4, "max_tokens": 30_000, "n_sig": 40}
 
 
@@ -157,8 +159,9 @@ class Study:
         # Fresh processes, as JAX must not be forked; cores of their own, so that their thread pools do not compete.
         spawn = get_context("spawn")
         turns = spawn.Value("i", 0)
-        with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_take_cores, initargs=(turns, jobs)) as pool:
-            for done in [pool.submit(setting.make) for setting in missing]:
+        with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(turns, jobs)) as pool:
+            # The last settings take longest, and neighbours differ in the student: they compile different programs.
+            for done in [pool.submit(setting.make) for setting in reversed(missing)]:
                 done.result()
 
     def over(self, measure: Callable[[Setting, pd.DataFrame], pd.DataFrame], but: Sequence[str] = ()) -> pd.DataFrame:
@@ -186,16 +189,18 @@ class Study:
         return written
 
 
-def toy_settings(out: Path, questions: int, allocation: str, *, smoke: bool) -> tuple[Setting, ...]:
+def toy_settings(out: Path, questions: int | None, allocation: str, *, smoke: bool) -> tuple[Setting, ...]:
     """S and M on the three flavours."""
     settings = []
-    for student, size in TOY_STUDENTS.items():
-        for flavour in SMOKE_FLAVOURS[student] if smoke else FLAVOURS:
+    for flavour in FLAVOURS:
+        for student, size in TOY_STUDENTS.items():
+            if smoke and flavour != SMOKE_FLAVOURS[student]:
+                continue
             config = DiagnoseConfig(
                 student=str(MODELS / student),
                 teacher=TOY_TEACHERS,
                 task="toy",
-                questions=f"{flavour}:{questions}:1",
+                questions=f"{flavour}:{1 if smoke else questions or QUESTIONS[flavour]}:1",
                 large=str(MODELS / "X"),
                 **TOY_BUDGETS | (SMOKE_BUDGETS if smoke else {}),
                 allocation=allocation,
@@ -205,7 +210,7 @@ def toy_settings(out: Path, questions: int, allocation: str, *, smoke: bool) -> 
     return tuple(settings)
 
 
-def paper_settings(out: Path, questions: int, allocation: str, data: Path, models: str) -> tuple[Setting, ...]:
+def paper_settings(out: Path, questions: int | None, allocation: str, data: Path, models: str) -> tuple[Setting, ...]:
     """The paper's students, teachers and budgets; `models` is a hub organisation or a local folder."""
     teachers = (*SELF_TEACHERS, *(f"Qwen3-{size}={models}/Qwen3-{size}" for size in ("4B", "8B", "14B")))
     shared = {"teacher": teachers, "large": f"{models}/Qwen3-32B", "dtype": "bfloat16", "thinking": True}
@@ -217,7 +222,7 @@ def paper_settings(out: Path, questions: int, allocation: str, data: Path, model
                 student=f"{models}/Qwen3-{size}",
                 task=task,
                 questions=str(question_file(data / DATA_FOLDERS[name])),
-                **{"limit": questions, "max_tokens": 4096} | benchmark | shared,
+                **{"limit": questions or PAPER_QUESTIONS, "max_tokens": 4096} | benchmark | shared,
             )
             played = (size, name) if (size, name) in SETTINGS else None
             settings.append(Setting(f"{size} {name}", out / f"{size}-{name}", config, played))
@@ -236,7 +241,7 @@ def study(arguments: Sequence[str] | None = None, description: str | None = None
     parser.add_argument("--smoke", action="store_true", help="two settings of one question, tiny budgets")
     parser.add_argument("--scale", choices=("toy", "paper"), default="toy")
     parser.add_argument("--allocation", choices=("paper", "exits"), default="paper")
-    parser.add_argument("--questions", type=int, default=QUESTIONS, help="questions a setting")
+    parser.add_argument("--questions", type=int, help="questions asked a setting")
     parser.add_argument("--runs", nargs="+", type=Path, help="finished runs to read instead")
     parser.add_argument(
         "--data", type=Path, default=Path("data"), help="folder with boolq/, mmlu/, aime25/ (paper scale)"
@@ -252,7 +257,7 @@ def study(arguments: Sequence[str] | None = None, description: str | None = None
     elif chosen.scale == "paper":
         settings, jobs = paper_settings(out, chosen.questions, chosen.allocation, chosen.data, chosen.models), 1
     else:
-        settings = toy_settings(out, 1 if chosen.smoke else chosen.questions, chosen.allocation, smoke=chosen.smoke)
+        settings = toy_settings(out, chosen.questions, chosen.allocation, smoke=chosen.smoke)
     made = Study(settings, out)
     made.prepare(jobs)
     return made
@@ -268,10 +273,18 @@ def main(make: Callable[[Study], Result], description: str | None) -> None:
         print(path)
 
 
-def _take_cores(turns, jobs: int) -> None:
-    """Gives this process every `jobs`-th core."""
+def _begin(turns, jobs: int) -> None:
+    """Gives this process every `jobs`-th core, and ends it with its parent: a resumed study would meet its files."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if not hasattr(os, "sched_setaffinity"):
         return
     with turns.get_lock():
         turn, turns.value = turns.value, turns.value + 1
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[turn::jobs])
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -5,7 +5,10 @@
 
 Mean cosine of reverse KL (the paper's "GKD") and the ideal gradient: mean over decision nodes of a question, then over
 questions, with 95 % t and cluster-bootstrap intervals. The paper's own instrument is the estimator "pooled".
-Deviations: the paper does not name its interval; Holm-adjusted tests of all pairs of teachers stand beside the ranking.
+Expected: mean cosines of .04 to .33 (pooled) and .08 to .30 (truth), where the paper has .00 to .05; 24 and 26 of 168
+pairs can be told apart.
+Deviations: the paper does not name its interval; Holm-adjusted tests of all pairs of teachers stand beside the
+ranking.
 """
 
 from dataclasses import replace

@@ -5,6 +5,8 @@
 
 Share of positively aligned nodes and the cosine weighted by success range, as in the paper; beside them the filtered
 and global cosines and the teacher advantage, with Kendall's tau of each ranking against the mean cosine's.
+Expected: tau of .57 to .93 for the share of positive nodes, .21 to .93 for the global cosine, -.29 to .93 for the
+advantage: choices of a metric are choices of a winner.
 Deviations: the paper prints BoolQ alone and no interval.
 """
 

@@ -5,6 +5,7 @@
 
 Spearman's rho of depth, KL(student||teacher), JS, L2 and cosine of the distributions with the alignment score, within
 each path; averaged over a question's paths (and teachers), then over questions. All teachers, then the best one.
+Expected, with exact success: rho of .06 to .18 for KL, .10 to .21 for depth, -.17 to -.05 for similarity.
 Deviations: "best" is the highest mean cosine of the setting and estimator, not the paper's choice of teacher.
 """
 

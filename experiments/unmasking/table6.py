@@ -4,7 +4,10 @@
     python experiments/unmasking/table6.py --scale paper --data DATA     # accelerators
 
 Mean cosine per teacher on correct and on incorrect paths of the same questions, tested as in Table 4 with Holm's
-adjustment over all teachers and statistics of a setting. Deviations: as Table 4; the paper prints BoolQ alone.
+adjustment over all teachers and statistics of a setting.
+Expected, with exact success: of 48 teachers and settings 1 higher on incorrect paths, 4 lower, the rest not
+distinguishable.
+Deviations: as Table 4; the paper prints BoolQ alone.
 """
 
 import pandas as pd

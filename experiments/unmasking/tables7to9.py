@@ -5,6 +5,8 @@
 
 32 rollouts a question and context at temperature 1: the bare question and six contexts. Questions that the bare student
 never solves, or for which student or larger model found no correct demonstration in 60 trials, are left out.
+Expected: every context raises accuracy; one correct demonstration by .13 to .27, with a wrong one beside it by .08 to
+.16.
 Deviations: contexts with a wrong demonstration have the questions for which one was sampled (the paper prints one
 number of questions for all contexts). The toy models never saw three demonstrations at once in training.
 """
