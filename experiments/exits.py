@@ -32,7 +32,7 @@ def entries(tokens: tuple[int, ...]) -> tuple[list[Entry], list[Entry]]:
     few = replace(RANDOM, by_gradient=5, by_difference=5)
     paper = [Entry("paper", "20 + 20", RANDOM), Entry("paper", "5 + 5", few)]
     exits = [Entry("exits", f"{n} tokens", replace(spent, exit_tokens=n)) for n in tokens]
-    return paper, [*exits, *(replace(entry, allocation="even exits") for entry in exits)]
+    return paper, [*exits, *(replace(entry, allocation="low discrepancy") for entry in exits)]
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
 """The exits allocation: derivatives against finite differences, spend, and error against the finite process."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from jaxopd.tree import EXIT, back_up, build_tree, count, walk
-from jaxopd.tree.allocation import ExitProblem, global_cosines, neyman
+from jaxopd.tree.allocation import ExitProblem, global_cosines, left_after, neyman
+from jaxopd.tree.allocation import spend as spend_rounds
 from jaxopd.tree.oracle import FiniteMDP
 
 V, T = 4, 6
@@ -124,8 +127,34 @@ def test_error_falls_and_intervals_cover(world) -> None:
         estimate = np.stack([cosine for cosine, _ in found])
         se = np.sqrt(np.stack([np.diag(covariance) for _, covariance in found]))
         error[tokens] = np.sqrt(((estimate - truth) ** 2).mean())
-        assert (np.abs(estimate - truth) < 1.96 * se).mean() > 0.88
+        assert 0.88 < (np.abs(estimate - truth) < 1.96 * se).mean() < 0.995
     assert error[6400.0] < error[400.0] / 2.5
+
+
+def test_without_a_decision_nothing_is_claimed(world) -> None:
+    problem, process, *_ = world
+    nothing = replace(problem, compared=np.zeros_like(problem.compared), unit=np.zeros_like(problem.unit))
+    tree = problem.tree
+    rows = process.sample(np.zeros(30, np.int64), np.random.default_rng(0))
+    counts = count(tree, walk(tree, process.sequences)[rows], process.success[rows], np.zeros(30, np.int64))
+    cosine, covariance = global_cosines(nothing, counts)
+    assert np.isnan(cosine).all()
+    assert np.isnan(covariance).all()
+
+    def launch(number):
+        raise AssertionError("there is nothing to spend on")
+
+    options = {"tokens": 1000.0, "target_se": 0.04, "rng": np.random.default_rng(0)}
+    assert spend_rounds(nothing, counts, np.full(30, T), launch, **options) is counts
+
+
+def test_left_after_is_the_mean_residual_life(world) -> None:
+    tree = world[0].tree
+    lengths = np.array([2, 3, 3, 9])
+    left = left_after(tree, lengths)
+    for node, depth in enumerate(tree.depth):
+        longer = lengths[lengths > depth + 1]
+        assert left[node] == max(1.0, (longer - depth - 1).mean() if len(longer) else 0)
 
 
 def test_uneven_influence_beats_an_even_spend(world) -> None:

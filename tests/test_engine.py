@@ -85,7 +85,9 @@ def test_tokens_do_not_depend_on_slots_or_devices(model, trunks, requests, answe
 
 def test_a_subset_of_requests_gives_the_same_tokens(model, trunks, requests, answered) -> None:
     chosen = np.arange(0, 200, 9)
-    part = Requests(*(getattr(requests, f.name)[chosen] for f in dataclasses.fields(requests) if f.name not in ("limit", "spread")))
+    part = Requests(
+        *(getattr(requests, f.name)[chosen] for f in dataclasses.fields(requests) if f.name not in ("limit", "spread"))
+    )
     again = Engine(model, slots=64, mesh=data_mesh(1)).run(trunks, part, SAMPLING)
     np.testing.assert_array_equal(again.tokens, answered.tokens[chosen][:, : again.tokens.shape[1]])
 

@@ -132,6 +132,15 @@ def test_a_decided_comparison_ends_the_spend(problem) -> None:
     assert never == whole  # a teacher and itself never differ
 
 
+@pytest.mark.parametrize(("target", "most"), [(0.5, 700), (0.1, 2500), (0.05, 7000), (1e-9, 13_500)])
+def test_a_looser_target_costs_less(problem, target, most) -> None:
+    asked = dataclasses.replace(BUDGETS, exit_tokens=12_000, target_se=target)
+    rolled = ALLOCATIONS["exits"](problem, asked, np.random.default_rng(1))
+    assert rolled.tokens < most
+    se = np.sqrt(np.diag(global_cosines(problem.exits(asked.tau), rolled.counts)[1]).max())
+    assert se < target or rolled.tokens > 11_000
+
+
 def test_an_oracle_errs_nowhere_and_twins_agree(problem) -> None:
     """A user's estimator that knows the truth, a copy of reverse KL, and its negative."""
 
@@ -176,6 +185,27 @@ def test_an_aggregate_of_ones_own(problem) -> None:
     pd.testing.assert_frame_equal(*tables, atol=1e-6)
 
 
+def test_bias_and_spread_of_known_errors() -> None:
+    """Normal errors of known mean and deviation: the noise of a mean of 20 is no bias."""
+    rng, rows = np.random.default_rng(0), []
+    for bias, budget in ((0.0, "unbiased"), (0.05, "biased")):
+        for question in range(40):
+            for error in bias + 0.03 * rng.normal(size=20):
+                rows.append((budget, str(question), 0.3 + error, 4000))
+    table = pd.DataFrame(rows, columns=["budget", "question", "value", "tokens"])
+    table = table.assign(
+        allocation="exits", estimator=CLEANED, form="f", set=FIXED, truth=0.3, teacher="t", difference=False
+    )
+    table["half"] = 1.96 * 0.03
+    found = aggregate_table(Errors(pd.DataFrame(), table)).set_index("budget")
+    assert found.loc["unbiased", "bias"] < 0.003  # the root mean square of means of 20 is .0067
+    assert found.loc["unbiased", "at a million"] == pytest.approx(0.03 * np.sqrt(4000 / 1e6), rel=0.9)
+    assert found.loc["biased", "bias"] == pytest.approx(0.05, rel=0.05)
+    assert found["sd"].to_numpy() == pytest.approx(0.03, rel=0.05)
+    assert found.loc["unbiased", "coverage"] == pytest.approx(0.95, abs=0.025)
+    assert np.isnan(found["difference rmse"]).all()  # one teacher
+
+
 def test_saving_of_known_curves() -> None:
     """Errors of exactly c / sqrt(tokens): at equal error the saving is the ratio of the c squared."""
     rows = []
@@ -194,6 +224,12 @@ def test_saving_of_known_curves() -> None:
     np.testing.assert_allclose(saved["saving"], 16, rtol=1e-9)
     np.testing.assert_allclose(saved["median question"], 16, rtol=1e-9)
     np.testing.assert_allclose(saved["our tokens"], 2500, rtol=1e-9)
+    assert not saved["at least"].any()
+    near = saving_table(Errors(pd.DataFrame(), table[(table["allocation"] == "paper") | (table["tokens"] == 8000)]))
+    np.testing.assert_allclose(near["saving"], 5)
+    assert near["at least"].all()
+    far = saving_table(Errors(pd.DataFrame(), table[(table["allocation"] == "paper") | (table["tokens"] == 500)]))
+    assert far[["saving", "median question"]].isna().all(axis=None)
 
 
 def test_the_verb_takes_a_form_of_ones_own(tmp_path, capsys) -> None:
@@ -206,6 +242,23 @@ def test_the_verb_takes_a_form_of_ones_own(tmp_path, capsys) -> None:
     forms = pd.read_csv(tmp_path / "out" / "forms.csv").set_index("form")
     assert 0 < forms.loc["squared", "cosine to reverse_kl"] < 1
     assert set(pd.read_csv(tmp_path / "out" / "aggregates.csv")["form"]) == {"reverse_kl", "squared"}
+
+
+def test_the_verb_takes_an_estimator_and_an_aggregate_of_ones_own(tmp_path, capsys) -> None:
+    (tmp_path / "own.py").write_text(
+        "from jaxopd.tree import ESTIMATORS\n"
+        "def twin(tree, counts, p): return ESTIMATORS['bellman'](tree, counts, p)\n"
+        "def share(cosine, ideal_norm, success_range, decision_mask): return (cosine[decision_mask] > 0).mean()\n"
+        "bellman = twin\n"
+    )
+    own = str(tmp_path / "own.py")
+    small = ["--problems", "2", "--replicates", "2", "--tokens", "300", "--n-min", "10"]
+    out = ["--out", str(tmp_path / "out")]
+    assert cli.main(["lab", "--estimator", f"{own}:twin", "--aggregate", f"{own}:share", *small, *out]) == 0
+    success = pd.read_csv(tmp_path / "out" / "success.csv").set_index(["allocation", "estimator"])["rmse"]
+    np.testing.assert_allclose(success.xs("twin", level=1), success.xs("bellman", level=1))
+    assert cli.main(["lab", "--estimator", f"{own}:bellman", *small]) == 2
+    assert "found a name that is taken" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

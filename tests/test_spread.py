@@ -24,7 +24,7 @@ def drawn(request):
     logits[V // 2] = -np.inf
     u = rng.random(DRAWS).astype(np.float32)
     keys = request_keys(jnp.uint32(1), jnp.arange(DRAWS), jnp.zeros(DRAWS, jnp.int32))
-    found = jax.jit(draw_spread)(u, keys, jnp.broadcast_to(logits[None], (DRAWS, V)))
+    found = jax.jit(draw_spread)(u, jnp.zeros(DRAWS), keys, jnp.broadcast_to(logits[None], (DRAWS, V)))
     p = np.exp(logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64)))
     return p, u, *map(np.asarray, found)
 
@@ -53,6 +53,24 @@ def test_what_is_left_is_uniform_whatever_was_drawn(drawn) -> None:
     assert ((left >= 0) & (left < 1)).all()
     for k in np.argsort(-p)[:3]:
         assert stats.kstest(left[token == k], "uniform").pvalue > 1e-4
+
+
+def test_bits_that_are_used_up_are_made_anew() -> None:
+    """After a token of probability 2^-9 a float's 24 bits are 15; what is left is fine-grained and uniform again."""
+    p = np.array([1 - 2.0**-9, 2.0**-9])
+    logits = jnp.broadcast_to(jnp.log(p)[None].astype(jnp.float32), (DRAWS, 2))
+    u = (p[0] + 2.0**-9 * np.random.default_rng(0).random(DRAWS)).astype(np.float32)
+    keys = request_keys(jnp.uint32(1), jnp.arange(DRAWS), jnp.zeros(DRAWS, jnp.int32))
+    token, log_prob, left = draw_spread(u, jnp.zeros(DRAWS), keys, logits)
+    assert len(np.unique(left)) <= 2**16
+    second = jnp.zeros((DRAWS, 2))  # two tokens of one half
+    keys = request_keys(jnp.uint32(1), jnp.arange(DRAWS), jnp.ones(DRAWS, jnp.int32))
+    taken = np.asarray(token) == 1
+    _, _, left = draw_spread(left, -log_prob / jnp.log(2.0), keys, second)
+    found = np.asarray(left)[taken]
+    assert taken.mean() > 0.99
+    assert len(np.unique(found)) > 0.9 * len(found)
+    assert stats.kstest(found, "uniform").pvalue > 1e-4
 
 
 def test_the_engine_draws_what_the_numbers_say() -> None:

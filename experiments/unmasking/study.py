@@ -280,7 +280,8 @@ def _begin(turns, jobs: int) -> None:
         return
     with turns.get_lock():
         turn, turns.value = turns.value, turns.value + 1
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[turn::jobs])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[turn::jobs] or cores)
 
 
 def _end_with_parent() -> None:

@@ -37,7 +37,7 @@ class DiagnoseConfig:
     target_se: float = 0.04
     """Exits: standard error of each teacher's global cosine at which a question is done."""
     exit_tokens: int | None = None
-    """Exits: tokens spent at most on a question's targeted rollouts; by default those of 600 mean responses."""
+    """Exits: tokens spent about at most on a question's targeted rollouts; by default those of 600 mean responses."""
     teacher_agnostic: bool = False
     """Exits: spend them for any teacher that may be added, not for the given ones."""
     decide: tuple[str, str] | None = None
@@ -88,6 +88,8 @@ class DiagnoseConfig:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
         if self.allocation not in ("paper", "exits"):
             raise InputError(f"allocation: found {self.allocation!r}, expected paper or exits")
+        if self.allocation == "paper" and (self.teacher_agnostic or self.decide or self.low_discrepancy):
+            raise InputError("allocation: found paper with an option of exits alone, expected exits")
         if not 0 < self.target_se < float("inf"):
             raise InputError(f"target_se: found {self.target_se}, expected a number above 0")
         for name in ("by_gradient", "by_difference", "truth_rollouts", "exit_tokens"):

@@ -40,18 +40,19 @@ def _spent(session: Session, index: int) -> list[dict[str, np.ndarray]]:
     rounds: list[dict[str, np.ndarray]] = []
     numbers = SpreadNumbers(tree, rng) if config.low_discrepancy else None
 
-    def launch_round(number: Int[np.ndarray, "N K1"]) -> Counts:
+    def launch_round(number: Int[np.ndarray, "N K1"]) -> tuple[Counts, int]:
         targets, spread = _targets(session, index, tree, number, rng), numbers and numbers.next(number)
         rounds.append(launch(session, index, tree, targets, f"enrichment-{len(rounds)}", spread))
-        return rollout_counts(tree, rolled, *rounds)
+        taken = (rounds[-1]["tokens"] >= 0).sum() - rounds[-1]["launch"].sum()
+        return rollout_counts(tree, rolled, *rounds), int(taken)
 
-    mean = float((rolled["tokens"] >= 0).sum(1).mean())
+    lengths = (rolled["tokens"] >= 0).sum(1)
     spend(
         exit_problem(session, index),
         rollout_counts(tree, rolled),
-        mean,
+        lengths,
         launch_round,
-        tokens=config.exit_budget(mean),
+        tokens=config.exit_budget(float(lengths.mean())),
         target_se=config.target_se,
         teacher_agnostic=config.teacher_agnostic,
         decide=session.rivals,

@@ -94,23 +94,22 @@ def launched(rolled: Rollouts, targets: Targets, rng: np.random.Generator) -> Ro
 def exits(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) -> Rollouts:
     """Neyman's allocation over exits (tree/allocation.py), the rounds that `diagnose --allocation exits` runs."""
     rolled = until_paths(problem, config, rng)
-    mean = float(problem.lengths[rolled.rows].mean())
-
+    lengths = problem.lengths[rolled.rows]
     sequences = SpreadNumbers(problem.tree, rng) if config.low_discrepancy else None
 
-    def launch(number: np.ndarray) -> Counts:
+    def launch(number: np.ndarray) -> tuple[Counts, int]:
         nonlocal rolled
-        spread = sequences.next(number) if sequences else None
+        before, spread = rolled.tokens, sequences.next(number) if sequences else None
         rolled = rolled.and_from(*_exit_starts(problem, number, rng), rng, spread)
-        return rolled.counts
+        return rolled.counts, rolled.tokens - before
 
     names = list(problem.log_q)
     spend(
         problem.exits(config.tau),
         rolled.counts,
-        mean,
+        lengths,
         launch,
-        tokens=config.exit_budget(mean),
+        tokens=config.exit_budget(float(lengths.mean())),
         target_se=config.target_se,
         rng=rng,
         teacher_agnostic=config.teacher_agnostic,
@@ -122,12 +121,17 @@ def exits(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) ->
 def uniform(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) -> Rollouts:
     """The same tokens spread evenly over the exits."""
     rolled = until_paths(problem, config, rng)
-    mean = float(problem.lengths[rolled.rows].mean())
-    length = left_after(problem.tree, mean)[:, None]
+    lengths = problem.lengths[rolled.rows]
     exists = problem.exits(config.tau).mass > 0
-    each = config.exit_budget(mean) / max(1.0, float((exists * length).sum()))
+    cost = (exists * left_after(problem.tree, lengths)[:, None]).sum()
+    each = config.exit_budget(float(lengths.mean())) / max(1.0, float(cost))
     number = np.where(exists, np.floor(each + rng.random(exists.shape)), 0).astype(np.int64)
     return rolled.and_from(*_exit_starts(problem, number, rng), rng)
+
+
+def low_discrepancy(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) -> Rollouts:
+    """Exits with low-discrepancy rollouts."""
+    return exits(problem, replace(config, low_discrepancy=True), rng)
 
 
 def _exit_starts(problem: Problem, number: Int[np.ndarray, "N K1"], rng: np.random.Generator):
@@ -142,11 +146,6 @@ def _exit_starts(problem: Problem, number: Int[np.ndarray, "N K1"], rng: np.rand
     return np.concatenate(start), np.concatenate(depth) + 1
 
 
-def even_exits(problem: Problem, config: DiagnoseConfig, rng: np.random.Generator) -> Rollouts:
-    """Exits with low-discrepancy rollouts."""
-    return exits(problem, replace(config, low_discrepancy=True), rng)
-
-
 ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType(
-    {"paper": paper, "exits": exits, "even exits": even_exits, "uniform": uniform}
+    {"paper": paper, "exits": exits, "low discrepancy": low_discrepancy, "uniform": uniform}
 )

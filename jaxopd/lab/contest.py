@@ -28,6 +28,8 @@ from jaxopd.tree.success import Z95
 FIXED, OWN = "S above tau", "N_sig pooled visits"
 CLEANED = "bellman, noise removed"  # global_cosines: the noise of |g| subtracted, with an interval
 
+STREAM = 1  # of random numbers, not the one that random problems are made of
+
 Estimator = Callable[..., SuccessEstimate]
 Aggregate = Callable[..., float]
 
@@ -43,7 +45,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Contest:
-    """What is compared: estimators of P_succ, gradient forms beside reverse KL, and a summary of alignment."""
+    """What is compared: estimators of P_succ, gradient forms beside reverse KL, and a summary of alignment.
+
+    Forms see the success, P, Q, and the counts and advantages of each replicate's free draws; `reward_to_go` is 0,
+    since teachers score no whole rollouts here, so MiniLLM is not itself in the lab.
+    """
 
     entries: Sequence[Entry]
     estimators: Mapping[str, Estimator]
@@ -59,12 +65,15 @@ class Contest:
             raise InputError(f"aggregate: found {self.aggregate!r}, expected FILE.py:NAME or {', '.join(STATISTICS)}")
 
     def run(self, problems: Sequence[Problem], progress: Progress = lambda stage, done, total: None) -> "Errors":
-        """Draws and measures every entry on every problem."""
+        """Draws and measures every entry on every problem; raises InputError on none, or two of one name."""
+        names = [problem.question for problem in problems]
+        if len(set(names)) < len(names):
+            raise InputError(f"lab: found question {max(names, key=names.count)} twice, expected different questions")
         success, aggregates = [], []
         for number, problem in enumerate(problems):
             progress("contest", number, len(problems))
             for entry in self.entries:
-                drawn = self._draw(problem, entry, np.random.default_rng([self.seed, number]))
+                drawn = self._draw(problem, entry, np.random.default_rng([STREAM, self.seed, number]))
                 success += _success_errors(problem, entry, drawn)
                 aggregates += self._aggregate_errors(problem, entry, drawn)
         progress("contest", len(problems), len(problems))
@@ -108,7 +117,7 @@ class Contest:
         success: Float[np.ndarray, "R N K"],
     ) -> dict[str, Float[np.ndarray, "R M"]]:
         """Summarises each form's alignment per replicate and teacher."""
-        forms = {"reverse_kl": FORMS["reverse_kl"], **self.forms}
+        forms = {**self.forms, "reverse_kl": FORMS["reverse_kl"]}
         R, N, _ = judged.shape
         columns = {name: [] for name in forms}
         for teacher in problem.log_q:

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -90,18 +91,27 @@ class Problem:
         return replace(self, **seen, walks=walk(tree, self.process.sequences))
 
 
+def run_config(run: str) -> DiagnoseConfig:
+    """Reads the configuration of a run; raises InputError where there is none."""
+    known = RunFolder.existing(run).config() or {}
+    fields = {f.name: known[f.name] for f in dataclasses.fields(DiagnoseConfig) if f.name in known}
+    if "teacher" not in fields:
+        raise InputError(f"{run}/config.json: found no field teacher, expected a run of jaxopd diagnose")
+    tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return DiagnoseConfig(**fields | tuples)
+
+
 def recorded_problems(run: str, progress: Progress = lambda stage, done, total: None) -> list[Problem]:
     """Makes the questions of a finished run exact, with the candidates its diagnosis had.
 
     Raises InputError where there is no such run, or no question of it has paths of both outcomes.
     """
-    known = RunFolder.existing(run).config() or {}
-    fields = {f.name: known[f.name] for f in dataclasses.fields(DiagnoseConfig) if f.name in known}
-    session = Session(DiagnoseConfig(**fields | {"teacher": tuple(fields["teacher"])}), run, progress)
+    session = Session(run_config(run), run, progress)
     chosen, problems = included(session), []
     for index in chosen:
         progress("problems", len(problems), len(chosen))
-        problems.append(recorded_problem(session, index).watching(session.config.tau))
+        problem = recorded_problem(session, index).watching(session.config.tau)
+        problems.append(replace(problem, question=f"{Path(run).name}/{problem.question}"))
     progress("problems", len(problems), len(chosen))
     if not problems:
         raise InputError(f"{run}: found no question with paths of both outcomes, expected at least one")

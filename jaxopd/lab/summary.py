@@ -37,8 +37,9 @@ def success_table(errors: Errors) -> pd.DataFrame:
 def aggregate_table(errors: Errors) -> pd.DataFrame:
     """The summary of alignment: bias and spread per question, RMSE, RMSE of teacher differences, coverage, ranking.
 
-    rmse^2 = bias^2 + sd^2, bias and sd root mean squares over questions and teachers; `at a million` is what a
-    million tokens a question would leave, sqrt(bias^2 + sd^2 tokens / 10^6): bias does not fall with tokens.
+    bias and sd are root mean squares over questions and teachers; the noise that a mean of few replicates has is taken
+    out of bias. `at a million` is what a million tokens a question would leave, sqrt(bias^2 + sd^2 tokens / 10^6): bias
+    does not fall with tokens.
     """
     rows = []
     keys = [*ENTRY, "form", "set"]
@@ -52,9 +53,9 @@ def aggregate_table(errors: Errors) -> pd.DataFrame:
                 "tokens": tokens,
                 "bias": bias,
                 "sd": sd,
-                "rmse": np.hypot(bias, sd),
+                "rmse": _rmse(own),
                 "at a million": np.sqrt(bias**2 + sd**2 * tokens / MILLION),
-                "difference rmse": np.hypot(*_bias_and_sd(pairs)),
+                "difference rmse": _rmse(pairs),
                 "coverage": _coverage(own),
                 "difference coverage": _coverage(pairs),
                 "ranking": _ranking(pairs),
@@ -64,10 +65,19 @@ def aggregate_table(errors: Errors) -> pd.DataFrame:
 
 
 def _bias_and_sd(rows: pd.DataFrame) -> tuple[float, float]:
-    """Root mean squares, over questions and teachers, of the mean error and of its deviation."""
+    """Root mean squares, over questions and teachers, of the expected error and of the deviation from it."""
     error = (rows["value"] - rows["truth"]).groupby([rows["question"], rows["teacher"]])
-    mean, variance = (np.asarray(x, float) for x in (error.mean(), error.var(ddof=0)))
-    return float(np.sqrt(np.nanmean(np.square(mean)))), float(np.sqrt(np.nanmean(variance)))
+    mean, variance, number = (np.asarray(x, float) for x in (error.mean(), error.var(ddof=1), error.count()))
+    if not np.isfinite(variance).any():
+        return np.nan, np.nan
+    square = np.nanmean(np.square(mean) - variance / number)
+    return float(np.sqrt(max(square, 0.0))), float(np.sqrt(np.nanmean(variance)))
+
+
+def _rmse(rows: pd.DataFrame) -> float:
+    """Root of the mean, over questions and teachers, of the mean squared error."""
+    square = np.square(rows["value"] - rows["truth"]).groupby([rows["question"], rows["teacher"]]).mean()
+    return float(np.sqrt(square.mean()))
 
 
 def _coverage(rows: pd.DataFrame) -> float:
@@ -84,41 +94,51 @@ def _ranking(pairs: pd.DataFrame) -> float:
 def saving_table(errors: Errors) -> pd.DataFrame:
     """Tokens at equal error: the paper's allocation against each other, by interpolating log error in log tokens.
 
-    Over all questions (root mean square) and for the median question. Where the smallest budget already errs less,
-    the saving is at least what is printed; where the largest errs more, it is not reached (NaN).
+    Over all questions (root mean square) and for the median question. Ours is always the error on the fixed set; theirs
+    that on the set named. `at least`: our smallest budget errs less already. Where our largest errs more, the error is
+    not reached: NaN, which the median counts as no saving.
     """
     curves = errors.aggregates[errors.aggregates["form"] == "reverse_kl"]
-    theirs = curves[curves["allocation"] == "paper"]
+    theirs, ours = curves[curves["allocation"] == "paper"], curves[curves["estimator"] == CLEANED]
     rows = []
-    for allocation in [name for name in curves["allocation"].unique() if name != "paper"]:
-        ours = curves[(curves["allocation"] == allocation) & (curves["estimator"] == CLEANED)]
+    for allocation in [name for name in ours["allocation"].unique() if name != "paper"]:
+        curve = ours[ours["allocation"] == allocation]
         for (*place, difference), base in theirs.groupby(["budget", "estimator", "set", "difference"], sort=False):
-            over = base, ours[ours["difference"] == difference]
+            over = base, curve[curve["difference"] == difference]
             whole, tokens = _saving(*over), base["tokens"].mean()
             each = [_saving(*(x[x["question"] == question] for x in over)) for question in base["question"].unique()]
+            median = np.quantile(np.nan_to_num(each, nan=0.0), 0.5, method="lower")
             rows.append(
                 {
                     "allocation": allocation,
-                    **dict(zip(("against", "estimator", "set"), place, strict=True)),
+                    **dict(zip(("against", "estimator", "their set"), place, strict=True)),
                     "of": "difference" if difference else "cosine",
                     "their tokens": tokens,
-                    "their rmse": np.hypot(*_bias_and_sd(base)),
+                    "their rmse": _rmse(base),
                     "our tokens": tokens / whole,
                     "saving": whole,
-                    "median question": float(np.median(np.nan_to_num(each, nan=0.0))) or np.nan,
+                    "at least": _rmse(base) >= max(rmse for _, rmse in _curve(over[1])),
+                    "median question": median if median > 0 else np.nan,
                 }
             )
     return pd.DataFrame(rows)
 
 
+def _curve(rows: pd.DataFrame) -> list[tuple[float, float]]:
+    """Tokens and error of each budget."""
+    return sorted((group["tokens"].mean(), _rmse(group)) for _, group in rows.groupby("budget"))
+
+
 def _saving(base: pd.DataFrame, ours: pd.DataFrame) -> float:
-    goal = np.hypot(*_bias_and_sd(base))
-    curve = [(g["tokens"].mean(), np.hypot(*_bias_and_sd(g))) for _, g in ours.groupby("budget")]
-    tokens, error = np.log(np.array(sorted(curve))).T
-    error = np.minimum.accumulate(error)  # more tokens never hurt but for the replicates' noise
-    if np.log(goal) < error[-1]:
+    goal = np.log(_rmse(base))
+    tokens, error = np.log(np.array(_curve(ours))).T
+    if not (error <= goal).any():
         return np.nan
-    needed = np.interp(-np.log(goal), -error, tokens)
+    reached = int(np.argmax(error <= goal))  # the first budget that errs no more
+    if reached == 0:
+        return float(base["tokens"].mean() / np.exp(tokens[0]))
+    part = (error[reached - 1] - goal) / (error[reached - 1] - error[reached])
+    needed = tokens[reached - 1] + part * (tokens[reached] - tokens[reached - 1])
     return float(base["tokens"].mean() / np.exp(needed))
 
 
@@ -126,7 +146,7 @@ def form_table(problems: Iterable[Problem], forms: Mapping[str, Form], tau: floa
     """What each form's exact gradient points at: cosine to the ideal gradient and to full reverse KL's.
 
     Means over questions and teachers; `best teacher` is how often the form's global cosine names the teacher that
-    reverse KL's does. Forms of sampled tokens have no exact gradient and are left out by the caller.
+    reverse KL's does. A form of sampled tokens has no exact gradient: its row is NaN.
     """
     found = []
     for problem in problems:
@@ -151,7 +171,8 @@ def form_table(problems: Iterable[Problem], forms: Mapping[str, Form], tau: floa
                     }
                 )
     table = pd.DataFrame(found)
-    best = table.sort_values("global cosine").groupby(["form", "question"])["teacher"].last().unstack("form")
+    ranked = table.dropna(subset="global cosine").sort_values("global cosine")
+    best = ranked.groupby(["form", "question"])["teacher"].last().unstack("form")
     same = best.eq(best["reverse_kl"], axis=0).mean().rename("best teacher as reverse_kl")
     means = table.drop(columns=["question", "teacher"]).groupby("form", sort=False).mean()
     return means.join(same).reset_index()

@@ -196,7 +196,7 @@ def _drawn_evenly(
     """Replaces the draws of slots whose spread number is not used up by those it makes."""
     left, bits = slots.spread.reshape(-1), slots.bits.reshape(-1)
     active = left >= 0
-    chosen, its_logp, left = draw_spread(jnp.maximum(left, 0.0), keys, logits)
+    chosen, its_logp, left = draw_spread(jnp.maximum(left, 0.0), bits, keys, logits)
     bits = bits - its_logp / jnp.log(2.0)
     left = jnp.where(active & (bits < SPREAD_BITS), left, -1.0)
     place = slots.spread.shape

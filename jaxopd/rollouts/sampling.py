@@ -115,18 +115,18 @@ def draw_scored(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> tuple[In
 
 
 def draw_spread(
-    spread: Float[Array, " B"], keys: Key[Array, " B"], logits: Float[Array, "B V"]
+    spread: Float[Array, " B"], bits: Float[Array, " B"], keys: Key[Array, " B"], logits: Float[Array, "B V"]
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """Draws one token a row by inverting the distribution at `spread` in [0, 1); gives it, its log-prob, what is left.
 
     What is left of a uniform number is uniform again and independent of the token (arithmetic decoding), so the same
-    number goes on to choose the next token. The inversion goes over tiles, then in one; `keys` fill the bits below a
-    float's.
+    number goes on to choose the next token. The inversion goes over tiles, then in one. `bits` have been used up so
+    far, -log2 P of the tokens before; `keys` make new ones in the place below a float's 24 that they leave empty.
     """
     V = logits.shape[1]
     tiled = _tiled(logits)
     mass = jax.nn.logsumexp(tiled, -1)
-    fresh = jax.vmap(jax.random.uniform)(keys) * 2.0**-24
+    fresh = jax.vmap(jax.random.uniform)(keys) * 2.0 ** (bits - 24)
     tile, left = _inverted(spread + fresh, jax.nn.softmax(mass, -1))
     inside = jnp.take_along_axis(tiled, tile[:, None, None], 1)[:, 0]
     place, left = _inverted(left, jax.nn.softmax(inside, -1))

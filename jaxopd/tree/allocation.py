@@ -21,8 +21,12 @@ PRIOR = 2.0  # pseudo-counts of an exit at its node's value where rollouts are s
 LEAST_POWER = 0.15  # of |g|^2, below which its noise is not subtracted
 ROUNDING = 1e-9  # of probabilities that sum to one
 GOLDEN = (5**0.5 - 1) / 2
-ROUNDS = 4  # of the allocation, each from what the ones before found
+ROUNDS = 4  # at least, of all tokens; each from what the ones before found
 SURE_AFTER = 2  # rounds before a standard error is believed
+MOST_ROUNDS = 12
+LEAST_LEFT = 0.02  # of all tokens, for which no further round is run
+LEAST_ROUND, MOST_GROWTH = 0.25, 4.0  # of what has been spent: early estimates of the need are rough
+LOOKS = 4  # at a comparison at most, among which its 5 % are shared
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class ExitProblem:
     def weight(self) -> Float[np.ndarray, "N K"]:
         """P renormalised on S at nodes where S has two tokens or more, else 0."""
         return on_decisions(self.p, self.compared)
+
+    @property
+    def has_decisions(self) -> bool:
+        """Whether any node has two tokens of S."""
+        return bool((self.weight > 0).any())
 
     @cached_property
     def decisions(self) -> int:
@@ -116,8 +125,8 @@ def unit_gradients(
 def spend(
     problem: ExitProblem,
     counts: Counts,
-    mean_length: float,
-    launch: Callable[[Int[np.ndarray, "N K1"]], Counts],
+    lengths: Int[np.ndarray, " G"],
+    launch: Callable[[Int[np.ndarray, "N K1"]], tuple[Counts, int]],
     *,
     tokens: float,
     target_se: float,
@@ -125,30 +134,36 @@ def spend(
     teacher_agnostic: bool = False,
     decide: tuple[int, int] | None = None,
 ) -> Counts:
-    """Spends at most `tokens` in rounds, until every teacher's cosine has the standard error asked for.
+    """Spends about `tokens` in rounds, or fewer once every teacher's cosine has the standard error asked for.
 
     With `decide` also once it is sure at 95 %, over all rounds together, which of two teachers has the larger cosine.
-    `mean_length` is that of a whole response; `launch(number)` runs rollouts at each exit and gives the counts of all
-    so far. Rollouts go where they serve the given teachers, or, `teacher_agnostic`, any that may come later.
+    `lengths` are the initial rollouts'; `launch(number)` runs rollouts at each exit and gives the counts of all so far
+    and the tokens it took. A round is at most a `ROUNDS`th, 4 times what was spent before, and what the standard error
+    seems to need. Rollouts go where they serve the given teachers, or, `teacher_agnostic`, any that may come later.
     """
-    length = left_after(problem.tree, mean_length)
+    expected, spent, left, turn = left_after(problem.tree, lengths), float(lengths.sum()), tokens, 0
     aim = replace(problem, unit=problem.unit[:0]) if teacher_agnostic else problem
-    for turn in range(ROUNDS):
+    while left > LEAST_LEFT * tokens and turn < MOST_ROUNDS and problem.has_decisions:
         cosine, covariance = global_cosines(problem, counts)
-        sure = np.sqrt(np.diag(covariance).max()) < target_se or (decide and _decided(cosine, covariance, *decide))
-        if turn >= SURE_AFTER and sure:
+        se = np.sqrt(np.diag(covariance).max(initial=0.0))
+        look = turn - SURE_AFTER
+        decided = decide is not None and look < LOOKS and _decided(cosine, covariance, *decide)
+        if look >= 0 and (se < target_se or decided):
             break
-        number = neyman(aim, counts, length, tokens / ROUNDS, rng)
+        needed = max(spent * ((se / target_se) ** 2 - 1), spent * LEAST_ROUND)
+        round_tokens = min(left, needed, MOST_GROWTH * spent, tokens / ROUNDS)
+        number = neyman(aim, counts, expected, round_tokens, rng)
         if not number.any():
             break
-        counts = launch(number)
+        counts, taken = launch(number)
+        spent, left, turn = spent + taken, left - max(taken, 1), turn + 1
     return counts
 
 
 def _decided(cosine: Float[np.ndarray, " M"], covariance: Float[np.ndarray, "M M"], a: int, b: int) -> bool:
     """Whether two cosines differ, at 5 % shared by the rounds after which one may look."""
     se = np.sqrt(max(0.0, covariance[a, a] + covariance[b, b] - 2 * covariance[a, b]))
-    return bool(abs(cosine[a] - cosine[b]) > norm.isf(0.025 / (ROUNDS - SURE_AFTER)) * se)
+    return bool(abs(cosine[a] - cosine[b]) > norm.isf(0.025 / LOOKS) * se)
 
 
 class SpreadNumbers:
@@ -173,9 +188,14 @@ class SpreadNumbers:
         return (np.repeat(self.first[node, slot], many) + turn * GOLDEN) % 1.0
 
 
-def left_after(tree: PathTree, mean_length: float) -> Float[np.ndarray, " N"]:
-    """Tokens that a rollout launched at each node is expected to generate, beside the one it is given."""
-    return np.maximum(mean_length - tree.depth - 1, 1.0)
+def left_after(tree: PathTree, lengths: Int[np.ndarray, " G"]) -> Float[np.ndarray, " N"]:
+    """Tokens that a rollout launched at each node is expected to generate beside the one it is given, at least 1.
+
+    The mean residual life, E[L - d - 1 | L > d + 1], over the lengths of the initial rollouts.
+    """
+    left = np.asarray(lengths, float)[None] - tree.depth[:, None] - 1
+    going = left > 0
+    return np.maximum(np.where(going, left, 0).sum(1) / np.maximum(going.sum(1), 1), 1.0)
 
 
 def neyman(
@@ -214,7 +234,13 @@ def neyman(
 
 
 def global_cosines(problem: ExitProblem, counts: Counts) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, "M M"]]:
-    """Estimates each teacher's global cosine, noise taken out of sum |g|^2, and the covariance of the estimates."""
+    """Estimates each teacher's global cosine, noise taken out of sum |g|^2, and the covariance of the estimates.
+
+    NaN where no node has two tokens of S.
+    """
+    M = len(problem.unit)
+    if not problem.has_decisions:
+        return np.full(M, np.nan), np.full((M, M), np.nan)
     visits, success = counts.on_policy, counts.on_policy_success
     x = exit_values(problem.tree, counts, problem.p)
     g = problem.gradient(x)
@@ -224,4 +250,5 @@ def global_cosines(problem: ExitProblem, counts: Counts) -> tuple[Float[np.ndarr
     cleaned = max(power - noise, LEAST_POWER * power, 1e-12)
     cosine = (g * problem.unit).sum((1, 2)) / np.sqrt(problem.decisions * cleaned)
     variance = np.where(problem.mass > 0, proportion_variance(visits, success), 0.0)
-    return cosine, np.einsum("aij,bij,ij->ab", A, A, variance)
+    # A differentiates the cosine over the uncleaned norm; the estimate is larger by the square root of their ratio.
+    return cosine, np.einsum("aij,bij,ij->ab", A, A, variance) * max(power, 1e-12) / cleaned

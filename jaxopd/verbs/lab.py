@@ -1,6 +1,7 @@
 """jaxopd lab: a form, estimator or aggregate of one's own beside the known ones, against exact truth."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from jaxopd.diagnose import DiagnoseConfig
+from jaxopd.errors import InputError
 from jaxopd.verbs.console import as_table, bars
 
 SAMPLED = ("single_sample", "minillm", "dr_grpo", "dr_grpo_std")  # forms without an exact gradient
@@ -26,7 +28,7 @@ class Lab:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Finished runs of `jaxopd diagnose`, whose questions become decision processes; random processes where absent."""
     form: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE.py:NAME of a gradient form, beside all known ones; may be repeated."""
+    """FILE.py:NAME of a gradient form, beside reverse KL and, in the last table, all exact ones; may be repeated."""
     estimator: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE.py:NAME of an estimator of P_succ, beside the known ones; may be repeated."""
     aggregate: str = "global"
@@ -38,7 +40,7 @@ class Lab:
     n_min: tuple[int, ...] = (100, 25)
     """The paper's allocation: visits to which targets are raised."""
     tokens: tuple[int, ...] = (1000, 4000, 16000)
-    """Exits, even exits (low-discrepancy rollouts) and uniform: tokens spent on a question after its initial
+    """Exits, exits with low-discrepancy rollouts, and uniform: tokens spent on a question after its initial
     rollouts."""
     target_se: float | None = None
     """Exits: stop at this standard error; by default the tokens are spent."""
@@ -51,15 +53,18 @@ class Lab:
         from jaxopd.gradients import FORMS
         from jaxopd.lab.contest import Contest
         from jaxopd.lab.own import load_own
-        from jaxopd.lab.problems import random_problem, recorded_problems
+        from jaxopd.lab.problems import random_problem, recorded_problems, run_config
         from jaxopd.lab.summary import aggregate_table, form_table, saving_table, success_table
         from jaxopd.tree import ESTIMATORS
 
-        own_forms = dict(load_own(place) for place in self.form)
+        base = run_config(self.runs[0]) if self.runs else RANDOM
+        if other := [run for run in self.runs if run_config(run).tau != base.tau]:
+            raise InputError(f"{other[0]}: found another tau than {self.runs[0]}'s, expected runs of one tau")
+        own_forms = _added(FORMS, self.form)
         forms = {name: FORMS[name] for name in FORMS if name not in (*SAMPLED, "ideal")} | own_forms
         contest = Contest(
-            self._entries(),
-            {**ESTIMATORS, **dict(load_own(place) for place in self.estimator)},
+            self._entries(base),
+            {**ESTIMATORS, **_added(ESTIMATORS, self.estimator)},
             own_forms,
             load_own(self.aggregate)[1] if ":" in self.aggregate else self.aggregate,
             self.replicates,
@@ -77,7 +82,7 @@ class Lab:
                 success_table(errors),
             ),
             "aggregates": (f"Alignment, {self.aggregate}: errors a question and teacher", aggregate_table(errors)),
-            "forms": ("What each form's exact gradient points at", form_table(problems, forms, RANDOM.tau)),
+            "forms": ("What each form's exact gradient points at", form_table(problems, forms, base.tau)),
             "savings": ("Tokens at equal error, exits against the paper's allocation", saving_table(errors)),
         }
         for name, (title, table) in tables.items():
@@ -90,14 +95,29 @@ class Lab:
             errors.success.to_csv(Path(self.out) / "errors_success.csv", index=False)
             errors.aggregates.to_csv(Path(self.out) / "errors_aggregates.csv", index=False)
 
-    def _entries(self):
-        """The paper's allocation at each N_min, the others at each number of tokens."""
+    def _entries(self, base: DiagnoseConfig):
+        """The paper's allocation at each N_min, the others at each number of tokens; other budgets are the run's."""
         from jaxopd.lab.contest import Entry
 
-        entries = [Entry("paper", f"N_min {n}", dataclasses.replace(RANDOM, n_min=n)) for n in self.n_min]
+        entries = [Entry("paper", f"N_min {n}", dataclasses.replace(base, n_min=n)) for n in self.n_min]
         se = 1e-9 if self.target_se is None else self.target_se  # never reached: all tokens are spent
-        for allocation in ("exits", "even exits", "uniform"):
+        for allocation in ("exits", "low discrepancy", "uniform"):
             for tokens in self.tokens:
-                config = dataclasses.replace(RANDOM, exit_tokens=tokens, target_se=se)
+                config = dataclasses.replace(base, exit_tokens=tokens, target_se=se)
                 entries.append(Entry(allocation, f"{tokens} tokens", config))
         return entries
+
+
+def _added(known: Mapping[str, Callable], places: tuple[str, ...]) -> dict[str, Callable]:
+    """Loads a user's functions; raises InputError where two, or one and a known one, have the same name."""
+    from jaxopd.lab.own import load_own
+
+    added: dict[str, Callable] = {}
+    for place in places:
+        name, own = load_own(place)
+        if name in known or name in added:
+            raise InputError(
+                f"{place}: found a name that is taken, expected another than {', '.join([*known, *added])}"
+            )
+        added[name] = own
+    return added
