@@ -47,7 +47,7 @@ def main() -> None:
     problems = problems[:1] if options.smoke else problems
     paper, exits = entries(tokens)
     known = {name: ESTIMATORS[name] for name in ("pooled", "bellman")}
-    parts = [  # of exits only what `diagnose` reports is compared, which needs no further estimator
+    parts = [  # of exits only what `diagnose` records as cosines is compared, which needs no further estimator
         Contest(chosen, estimators, {}, replicates=replicates).run(problems, lambda *stage: print(*stage, flush=True))
         for chosen, estimators in ((paper, known), (exits, {}))
     ]

@@ -261,6 +261,19 @@ def test_the_verb_takes_an_estimator_and_an_aggregate_of_ones_own(tmp_path, caps
     assert "found a name that is taken" in capsys.readouterr().err
 
 
+def test_functions_of_ones_own_that_break_their_contract(problem) -> None:
+    known = {"bellman": ESTIMATORS["bellman"]}
+    for forms in ({"flat": lambda at: at.log_p.sum()}, {"two": lambda at, more: at.log_p}):
+        with pytest.raises(InputError, match=r"form \w+: found"):
+            Contest(ENTRIES[:1], known, forms, replicates=2)
+    with pytest.raises(InputError, match="estimator none: found a NoneType"):
+        Contest(ENTRIES[:1], {"none": lambda *given: None}, {}, replicates=2).run([problem])
+    with pytest.raises(InputError, match="aggregate: found 'much'"):
+        Contest(ENTRIES[:1], known, {}, lambda *given: "much", replicates=2).run([problem])
+    with pytest.raises(InputError, match="twice"):
+        Contest(ENTRIES[:1], known, {}, replicates=2).run([problem, problem])
+
+
 @pytest.mark.parametrize(
     ("code", "place", "said"),
     [

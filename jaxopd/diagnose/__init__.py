@@ -1,8 +1,9 @@
 """The pipeline of paper A: from questions to alignment, resumable piece by piece.
 
 Phase 1, shared by all teachers: demonstrations, initial rollouts, representative paths, what each model watches on
-them, targets from every teacher, enrichment. Phase 2, per teacher: success estimates and node records. Each stage
-works through the questions and commits one piece a question, so that a killed run loses at most the piece in flight.
+them, targeted rollouts (at exits, or the paper's targets). Phase 2, per teacher: success estimates and node records.
+Each stage works through the questions and commits one piece a question, so that a killed run loses at most the piece in
+flight.
 """
 
 from jaxopd.diagnose.config import DiagnoseConfig

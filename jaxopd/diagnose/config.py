@@ -29,13 +29,13 @@ class DiagnoseConfig:
     limit: int | None = None
     """Number of questions, from the start of the file; all by default."""
     rollouts: int = 200
-    """G, initial rollouts a question."""
+    """G, initial rollouts a question; exits stop sooner, once there are paths of both outcomes."""
     paths: int = 2
     """Representative paths of each outcome, correct and incorrect."""
     allocation: Literal["paper", "exits"] = "exits"
     """Where targeted rollouts go: the exits that lower the error most, or paper A's windows and budgets."""
     target_se: float = 0.04
-    """Exits: standard error of each teacher's global cosine at which a question is done."""
+    """Exits: standard error of each teacher's global cosine (records/cosines.parquet) at which a question is done."""
     exit_tokens: int | None = None
     """Exits: tokens spent about at most on a question's targeted rollouts; by default those of 600 mean responses."""
     teacher_agnostic: bool = False
@@ -47,15 +47,15 @@ class DiagnoseConfig:
     tau: float = 0.02
     """Probability from which student or teacher makes a token a candidate."""
     by_gradient: int = 20
-    """Targets a path, depth window and teacher by |P (l - lbar)|; the paper does not print its number."""
+    """Paper: targets a path, depth window and teacher by |P (l - lbar)|; the paper does not print its number."""
     by_difference: int = 20
-    """Targets a path, depth window and teacher by |Q - P|."""
+    """Paper: targets a path, depth window and teacher by |Q - P|."""
     window: int = 50
-    """Positions in the first depth window of targeting; each next one is twice as long."""
+    """Paper: positions in the first depth window of targeting; each next one is twice as long."""
     n_min: int = 100
-    """Visits to which targets are raised."""
+    """Paper: visits to which targets are raised."""
     n_sig: int = 20
-    """Visits from which a token counts."""
+    """Paper: visits from which a token counts; with exits every token above tau does."""
     max_tokens: int = 512
     """Response length limit, tokens."""
     demonstration_trials: int = 60

@@ -61,6 +61,12 @@ class Contest:
     def __post_init__(self) -> None:
         if self.replicates < 2:
             raise InputError(f"replicates: found {self.replicates}, expected at least 2")
+        if self.seed < 0:
+            raise InputError(f"seed: found {self.seed}, expected 0 or more")
+        for name, form in self.forms.items():
+            shape = _shape(form)
+            if shape != (3,):
+                raise InputError(f"form {name}: found {shape} at a position of 3 tokens, expected f of shape (3,)")
         if isinstance(self.aggregate, str) and self.aggregate not in STATISTICS:
             raise InputError(f"aggregate: found {self.aggregate!r}, expected FILE.py:NAME or {', '.join(STATISTICS)}")
 
@@ -85,7 +91,7 @@ class Contest:
         rolled = [ALLOCATIONS[entry.allocation](problem, entry.config, rng) for _ in range(self.replicates)]
         counts = [rollouts.counts for rollouts in rolled]
         estimates = {
-            name: [estimate(problem.tree, counted, problem.p) for counted in counts]
+            name: [_estimated(name, estimate, problem, counted) for counted in counts]
             for name, estimate in self.estimators.items()
         }
         return Drawn(rolled, counts, estimates)
@@ -133,7 +139,18 @@ class Contest:
     def _summary(self, cosine, norm, spread, decisions) -> Float[np.ndarray, " R"]:
         if isinstance(self.aggregate, str):
             return summarize(cosine, norm, spread, decisions)[self.aggregate]
-        return np.array([float(self.aggregate(*row)) for row in zip(cosine, norm, spread, decisions, strict=True)])
+        found = [self.aggregate(*row) for row in zip(cosine, norm, spread, decisions, strict=True)]
+        if wrong := [x for x in found if x is None or isinstance(x, str) or np.ndim(x)]:
+            raise InputError(f"aggregate: found {wrong[0]!r}, expected a number")
+        return np.array(found, float)
+
+
+def _shape(form: Form) -> object:
+    """The shape of what a form makes of three tokens, or the error it raises."""
+    try:
+        return np.shape(form(Position.create(np.zeros(3, np.float32))))
+    except (TypeError, ValueError) as error:
+        return error
 
 
 @dataclass(frozen=True)
@@ -170,6 +187,13 @@ class Drawn:
             "n_samples": total,
             "advantage_std": np.broadcast_to(spread, total.shape),
         }
+
+
+def _estimated(name: str, estimate: Estimator, problem: Problem, counts: Counts) -> SuccessEstimate:
+    found = estimate(problem.tree, counts, problem.p)
+    if not isinstance(found, SuccessEstimate):
+        raise InputError(f"estimator {name}: found a {type(found).__name__}, expected a SuccessEstimate")
+    return found
 
 
 def _positions(problem: Problem, drawn: Drawn, judged, success, teacher: str) -> Position:
@@ -209,7 +233,7 @@ def _success_errors(problem: Problem, entry: Entry, drawn: Drawn) -> list[pd.Dat
 
 
 def _cleaned(problem: Problem, entry: Entry, drawn: Drawn, aim: Float[np.ndarray, "R M"]) -> pd.DataFrame:
-    """The global cosine that `diagnose --allocation exits` reports, with its interval."""
+    """The global cosine that `diagnose --allocation exits` records in cosines.parquet, with its interval."""
     exits = problem.exits(entry.config.tau)
     measured = [global_cosines(exits, counts) for counts in drawn.counts]
     got, covariance = (np.stack(x) for x in zip(*measured, strict=True))

@@ -5,11 +5,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import tyro
 from rich.console import Console
 
 from jaxopd.diagnose import DiagnoseConfig
 from jaxopd.errors import InputError
+from jaxopd.gradients import FORMS
+from jaxopd.lab.contest import FIXED, Contest, Entry
+from jaxopd.lab.own import load_own
+from jaxopd.lab.problems import random_problem, recorded_problems, run_config
+from jaxopd.lab.summary import aggregate_table, form_table, saving_table, success_table
+from jaxopd.tree import ESTIMATORS
 from jaxopd.verbs.console import as_table, bars
 
 SAMPLED = ("single_sample", "minillm", "dr_grpo", "dr_grpo_std")  # forms without an exact gradient
@@ -22,13 +29,15 @@ class Lab:
 
     Your own code stands beside the known one: a form is Position -> f [K], an estimator is
     (tree, counts, p [N, K]) -> SuccessEstimate, an aggregate is (cosine [N], ideal_norm [N], success_range [N],
-    decision_mask [N]) -> number. The code in FILE.py runs as you.
+    decision_mask [N]) -> number. The code in FILE.py runs as you. Printed is the fixed set of tokens, those above tau
+    of the student or a teacher; `--out` also keeps the paper's own set, tokens with N_sig pooled visits.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Finished runs of `jaxopd diagnose`, whose questions become decision processes; random processes where absent."""
+    """Finished runs of `jaxopd diagnose` or `truth`, whose questions become decision processes; random ones where
+    absent."""
     form: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE.py:NAME of a gradient form, beside reverse KL and, in the last table, all exact ones; may be repeated."""
+    """FILE.py:NAME of a gradient form, beside reverse KL and, in one table, all exact ones; may be repeated."""
     estimator: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE.py:NAME of an estimator of P_succ, beside the known ones; may be repeated."""
     aggregate: str = "global"
@@ -36,7 +45,7 @@ class Lab:
     problems: int = 12
     """Random processes drawn, where no run is given."""
     replicates: int = 20
-    """Replicates of every allocation, a question."""
+    """Replicates of every allocation, a question; at least 2."""
     n_min: tuple[int, ...] = (100, 25)
     """The paper's allocation: visits to which targets are raised."""
     tokens: tuple[int, ...] = (1000, 4000, 16000)
@@ -50,13 +59,6 @@ class Lab:
     """Folder for the tables and every error, as CSV; only printed where absent."""
 
     def run(self, console: Console) -> None:
-        from jaxopd.gradients import FORMS
-        from jaxopd.lab.contest import Contest
-        from jaxopd.lab.own import load_own
-        from jaxopd.lab.problems import random_problem, recorded_problems, run_config
-        from jaxopd.lab.summary import aggregate_table, form_table, saving_table, success_table
-        from jaxopd.tree import ESTIMATORS
-
         base = run_config(self.runs[0]) if self.runs else RANDOM
         if other := [run for run in self.runs if run_config(run).tau != base.tau]:
             raise InputError(f"{other[0]}: found another tau than {self.runs[0]}'s, expected runs of one tau")
@@ -87,7 +89,7 @@ class Lab:
         }
         for name, (title, table) in tables.items():
             if len(table):
-                console.print(as_table(title, table))
+                console.print(as_table(title, _printed(table)))
             if self.out is not None:
                 Path(self.out).mkdir(parents=True, exist_ok=True)
                 table.to_csv(Path(self.out) / f"{name}.csv", index=False)
@@ -97,8 +99,6 @@ class Lab:
 
     def _entries(self, base: DiagnoseConfig):
         """The paper's allocation at each N_min, the others at each number of tokens; other budgets are the run's."""
-        from jaxopd.lab.contest import Entry
-
         entries = [Entry("paper", f"N_min {n}", dataclasses.replace(base, n_min=n)) for n in self.n_min]
         se = 1e-9 if self.target_se is None else self.target_se  # never reached: all tokens are spent
         for allocation in ("exits", "low discrepancy", "uniform"):
@@ -108,10 +108,19 @@ class Lab:
         return entries
 
 
+def _printed(table: pd.DataFrame) -> pd.DataFrame:
+    """What fits a terminal: the fixed set, allocation and budget in one column, whole tokens."""
+    for column in ("set", "their set"):
+        if column in table:
+            table = table[table[column] == FIXED].drop(columns=column)
+    if "budget" in table:
+        table = table.assign(allocation=table["allocation"] + ", " + table["budget"]).drop(columns="budget")
+    whole = {name: table[name].map("{:,.0f}".format) for name in table if name.endswith("tokens")}
+    return table.assign(**whole)
+
+
 def _added(known: Mapping[str, Callable], places: tuple[str, ...]) -> dict[str, Callable]:
     """Loads a user's functions; raises InputError where two, or one and a known one, have the same name."""
-    from jaxopd.lab.own import load_own
-
     added: dict[str, Callable] = {}
     for place in places:
         name, own = load_own(place)

@@ -27,7 +27,7 @@ class Screen:
     questions: str
     """File (or MMLU folder) of questions."""
     large: str | None = None
-    """The larger model: writes summaries and @large demonstrations."""
+    """The larger model: writes summaries and @large demonstrations; the default contexts need one."""
     context: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=self:KIND[@large] as in `jaxopd diagnose --teacher`; by default the paper's six beside the baseline."""
     demonstrations: str | None = None
