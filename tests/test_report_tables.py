@@ -1,6 +1,7 @@
 """The report's tables: its numbers against numpy, its cells against the numbers, its text against markdown."""
 
 import io
+import json
 import runpy
 from pathlib import Path
 
@@ -51,6 +52,28 @@ def by_hand(nodes, teacher, estimator, correct=None):
 
 
 T_6 = 2.446911848791681  # 97.5 % quantile of Student's t with 6 degrees of freedom
+
+
+def test_exits_put_their_cosines_first(tmp_path):
+    """Against the mean and t interval by hand; a question without a decision has no cosine."""
+    run = made["synthetic_run"](tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"allocation": "exits"}))
+    rng, teachers = np.random.default_rng(0), list(TEACHERS)
+    values = rng.normal(0.2, 0.1, (8, len(teachers)))
+    values[3] = np.nan
+    rows = [(f"q{i}", teacher, x, 0.03) for i, row in enumerate(values) for teacher, x in zip(teachers, row)]
+    cosines = pd.DataFrame(rows, columns=["question", "teacher", "global_cosine", "se"])
+    cosines.to_parquet(run / "records" / "cosines.parquet")
+    written = write_report(run)
+    table = pd.read_csv(written["cosines.csv"]).set_index("teacher")
+    assert list(table["mean"]) == sorted(table["mean"], reverse=True)
+    kept = np.delete(values, 3, 0)
+    half = T_6 * kept.std(0, ddof=1) / np.sqrt(7)
+    np.testing.assert_allclose(table.loc[teachers, "mean"], kept.mean(0))
+    np.testing.assert_allclose(table.loc[teachers, "low"], kept.mean(0) - half)
+    text = written["markdown"].read_text()
+    assert text.index("exits were aimed at") < text.index("Ranking under")
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -1,6 +1,6 @@
 """Reading a run's records: the four parquet tables and the configuration that `diagnose` wrote."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from json import JSONDecodeError
 from pathlib import Path
@@ -65,6 +65,7 @@ class Records:
     paths: pd.DataFrame
     nodes: pd.DataFrame
     tokens: pd.DataFrame
+    cosines: pd.DataFrame = field(default_factory=pd.DataFrame)  # where exits were launched
 
     @cached_property
     def teachers(self) -> list[str]:
@@ -121,6 +122,8 @@ def read_records(run_dir: str | Path) -> Records:
     if not isinstance(config, dict):
         raise InputError(f"{run_dir}/config.json: found a {type(config).__name__}, expected an object")
     tables = {name: _read_table(run, f"records/{name}.parquet", columns) for name, columns in COLUMNS.items()}
+    if config.get("allocation") == "exits":
+        tables["cosines"] = _read_table(run, "records/cosines.parquet", ["question", "teacher", "global_cosine", "se"])
     return Records(name=Path(run_dir).resolve().name, config=config, **tables)
 
 

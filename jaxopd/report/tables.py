@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape as rich_escape
 from rich.table import Table as RichTable
 
-from jaxopd.alignment import MIN_IDEAL_NORM, across_questions, aggregate, correct_vs_incorrect
+from jaxopd.alignment import MIN_IDEAL_NORM, across_questions, aggregate, correct_vs_incorrect, t_interval
 from jaxopd.gradients import READINGS
 from jaxopd.report.records import Records, default_estimator, estimators_of, is_excluded, read_records
 
@@ -75,6 +75,7 @@ def all_tables(records: Records) -> list[Table]:
     measured = statistics(nodes)
     counts = aggregate(nodes, FORM, ("teacher", "estimator"))
     return [
+        *([exit_cosines(records.cosines)] if len(records.cosines) else []),
         *(ranking(measured, counts, estimator) for estimator in _front_first(records)),
         side_by_side(nodes),
         correct_incorrect(records),
@@ -116,6 +117,22 @@ def ranking(measured: pd.DataFrame, counts: pd.DataFrame, estimator: str) -> Tab
         pd.DataFrame(rows, columns=["teacher", *columns, "n_questions", "n_nodes"]),
         pd.DataFrame(cells, columns=["teacher", *NAMES.values(), "questions", "nodes"]),
     )
+
+
+def exit_cosines(cosines: pd.DataFrame) -> Table:
+    """Rank the teachers by the global cosine that the exits allocation was aimed at."""
+    rows = []
+    for teacher, group in cosines.groupby("teacher", sort=False):
+        found = t_interval(group["global_cosine"].to_numpy(float))
+        rows.append({"teacher": teacher} | found | {"se": float(group["se"].median())})
+    numbers = pd.DataFrame(rows).sort_values("mean", ascending=False)
+    cells = [[row.teacher, with_interval(row), number(row.se), str(int(row.n))] for _, row in numbers.iterrows()]
+    note = (
+        "Mean over questions with its 95 % t interval, of all tokens above tau; the noise of the rollouts is taken out "
+        "of the gradient's norm. Error of a question: the median standard error its rollouts leave (`--target-se`)."
+    )
+    frame = pd.DataFrame(cells, columns=["teacher", "global cosine", "error of a question", "questions"])
+    return Table("cosines", "Ranking by the cosine that exits were aimed at", note, numbers, frame)
 
 
 def side_by_side(nodes: pd.DataFrame, shown: Sequence[str] = ("global", "mean")) -> Table:
