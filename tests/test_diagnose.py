@@ -208,7 +208,7 @@ def test_kill_at_five_random_moments(folder, tmp_path) -> None:
     command = [sys.executable, "-m", "jaxopd.cli", "diagnose", "--out", str(out)]
     for field in dataclasses.fields(CONFIG):
         value = getattr(CONFIG, field.name)
-        if value is not None and field.name != "teacher":
+        if value != field.default and field.name != "teacher":
             command += [f"--{field.name.replace('_', '-')}", str(value)]
     for teacher in CONFIG.teacher:
         command += ["--teacher", teacher]
