@@ -110,6 +110,7 @@ def long_run(folder: Path) -> dict[str, float]:
 
     models = [str(chained_checkpoint(folder / f"model-{seed}", seed)) for seed in (0, 1)]
     config = DiagnoseConfig(
+        allocation="paper",  # whose depth windows reach the end of the trace
         student=models[0],
         teacher=(f"T={models[1]}",),
         task="toy",
