@@ -19,16 +19,16 @@ from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.diagnose.nodes import included
 from jaxopd.diagnose.session import Progress, Session
 from jaxopd.errors import InputError
-from jaxopd.gradients import Position, reverse_kl
+from jaxopd.gradients import reverse_kl
 from jaxopd.lab.allocations import disagreements, initial, launched
 from jaxopd.lab.problems import Problem, recorded_problem
+from jaxopd.lab.summary import ranking
 from jaxopd.models import logits
 from jaxopd.tree import ESTIMATORS, PathTree, success_estimates, support
 from jaxopd.tree.oracle import raw_value
 from jaxopd.types import bucket
 
 RAW_BATCH = 64  # prefixes a forward pass of the raw policy's enumeration
-CLOSE = 0.02  # teachers whose true aggregates differ by less are not asked to be ranked
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,10 @@ def _scores(
     problem: Problem, support_RNK: Bool[np.ndarray, "R N K"], success_RNK: Float[np.ndarray, "R N K"], teacher: str
 ) -> tuple[Float[np.ndarray, "R N"], Float[np.ndarray, "R N"], Float[np.ndarray, "R N"]]:
     """Gives reverse KL's alignment, the norm of the ideal gradient and the success range at the nodes."""
-    R, N, K = support_RNK.shape
-    wide = -K % 8
-    pad = ((0, 0), (0, wide))
-    flat = {
-        "log_p": np.pad(np.tile(problem.log_p, (R, 1)), pad, constant_values=-np.inf).astype(np.float32),
-        "log_q": np.pad(np.tile(problem.log_q[teacher], (R, 1)), pad, constant_values=-np.inf).astype(np.float32),
-    }
-    known = {
-        "support": np.pad(support_RNK.reshape(-1, K), pad),
-        "success": np.pad(np.nan_to_num(success_RNK.reshape(-1, K)), pad).astype(np.float32),
-    }
-    scores = node_alignment(Position.create(**flat, **known), {"reverse_kl": reverse_kl}, ("renormalized",))
+    positions = problem.positions(support_RNK, success_RNK, teacher)
+    scores = node_alignment(positions, {"reverse_kl": reverse_kl}, ("renormalized",))
     cosine, norm, spread = (
-        np.asarray(scores[name]).reshape(R, N) for name in ("align_reverse_kl", "ideal_norm", "success_range")
+        scores[name].reshape(support_RNK.shape[:2]) for name in ("align_reverse_kl", "ideal_norm", "success_range")
     )
     return cosine, norm, np.nan_to_num(spread)
 
@@ -205,8 +195,7 @@ def _edge_summary(parts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float
 
 
 def _aggregate_errors(problem: Problem, found: Replicates) -> Iterator[dict]:
-    true = np.where(np.isfinite(problem.success), problem.success, 0.0)[None]
-    true = np.broadcast_to(true, found.support.shape)
+    true = np.broadcast_to(problem.success, found.support.shape)
     for teacher in problem.log_q:
         for name in ESTIMATORS:
             known = found.support & np.isfinite(found.value[name])
@@ -240,9 +229,6 @@ def _aggregate_summary(rows: pd.DataFrame) -> pd.DataFrame:
         wide = [group.pivot(index=["question", "replicate"], columns="teacher", values=v) for v in ("value", "truth")]
         value, true = (w.to_numpy(float) for w in wide)
         i, j = np.triu_indices(value.shape[1], 1)
-        apart = np.abs(true[:, i] - true[:, j]) > CLOSE
-        agree = np.sign(value[:, i] - value[:, j]) == np.sign(true[:, i] - true[:, j])
-        apart &= np.isfinite(value[:, i] - value[:, j])
         table.append(
             {
                 "estimator": name,
@@ -252,7 +238,7 @@ def _aggregate_summary(rows: pd.DataFrame) -> pd.DataFrame:
                 "abs_bias": float(per_question.abs().mean()),
                 "rmse": float(np.sqrt((group["error"] ** 2).mean())),
                 "sign_agreement": float(group["sign"].mean()),
-                "ranking_agreement": float(agree[apart].mean()) if apart.any() else np.nan,
+                "ranking_agreement": ranking(value[:, i] - value[:, j], true[:, i] - true[:, j]),
             }
         )
     return pd.DataFrame(table)

@@ -27,7 +27,7 @@ CONFIG = QwenConfig(
     max_positions=128,
     eos_token_ids=(ID["<|im_end|>"],),
 )
-BUDGETS = {"rollouts": 4, "max-tokens": 8, "by-gradient": 1, "by-difference": 0, "n-min": 4, "n-sig": 2}
+BUDGETS = {"rollouts": 4, "max-tokens": 8, "exit-tokens": 32}
 QUESTION = {"question": "is it so", "passage": "it is so", "answer": True}
 TENSOR = "model.layers.0.mlp.up_proj.weight"
 
@@ -268,7 +268,9 @@ def test_questions(task, content, said, root, capsys):
         ({"rollouts": 0}, ["rollouts: found 0"]),
         ({"limit": 0}, ["limit: found 0"]),
         ({"limit": -1}, ["limit: found -1"]),
-        ({"by_gradient": -1}, ["by_gradient: found -1"]),
+        ({"by_gradient": -1, "allocation": "paper"}, ["by_gradient: found -1"]),
+        ({"n_min": 50}, ["n_min: found with allocation exits, expected with paper"]),
+        ({"allocation": "paper", "exit_tokens": 9}, ["exit_tokens: found with allocation paper, expected with exits"]),
         ({"demonstration_temperature": -1}, ["demonstration_temperature: found -1"]),
     ],
 )

@@ -18,20 +18,16 @@ from jaxopd.runs import RunFolder
 from jaxopd.toy import MODELS
 
 TABLES = ("questions", "paths", "nodes", "tokens")
-CONFIG = DiagnoseConfig(
+EXITS = DiagnoseConfig(
     student=str(MODELS / "S"),
     teacher=("Self-1C=self:1c", f"T2={MODELS / 'T2'}"),
     task="toy",
-    allocation="paper",
     questions="all:1:3",
     rollouts=80,
-    n_min=30,
-    n_sig=10,
-    by_gradient=3,
-    by_difference=3,
     max_tokens=80,
     slots=64,
 )
+CONFIG = dataclasses.replace(EXITS, allocation="paper", n_min=30, n_sig=10, by_gradient=3, by_difference=3)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +163,7 @@ def test_lost_pieces_come_back_the_same(folder, tmp_path) -> None:
     ids=["plain", "even, agnostic, decided"],
 )
 def test_exits_take_fewer_rollouts_and_none_on_a_path(folder, tmp_path, options) -> None:
-    config = dataclasses.replace(CONFIG, allocation="exits", exit_tokens=4000, target_se=0.02, limit=2, **options)
+    config = dataclasses.replace(EXITS, exit_tokens=4000, target_se=0.02, limit=2, **options)
     run = diagnose(config, str(tmp_path / "exits"))
     questions, cosines = (run.read_table(f"records/{name}.parquet") for name in ("questions", "cosines"))
     paper = pd.read_parquet(folder / "records" / "questions.parquet")
@@ -184,11 +180,11 @@ def test_exits_take_fewer_rollouts_and_none_on_a_path(folder, tmp_path, options)
     assert ((cosines.low < cosines.global_cosine) & (cosines.global_cosine < cosines.high)).all()
     assert analysed.n_targeted.sum() < paper.n_targeted.sum()
     for index in np.flatnonzero(questions.excluded == ""):
-        tokens, launch = (run.load(f"enrichment/{index:05d}")[0][name] for name in ("tokens", "launch"))
+        launched = run.load(f"enrichment/{index:05d}")[0]
         paths = [row[row >= 0] for row in _paths_of(run, index)]
-        for row, given in zip(tokens, launch, strict=True):
-            assert not any(np.array_equal(row[:given], path[:given]) for path in paths)
-            assert any(np.array_equal(row[: given - 1], path[: given - 1]) for path in paths)
+        for path, given, first in zip(launched["path"], launched["launch"], launched["tokens"][:, 0], strict=True):
+            start = [*paths[path][: given - 1], first]
+            assert not any(np.array_equal(start, other[:given]) for other in paths)
 
 
 def _paths_of(run: RunFolder, index: int) -> list[np.ndarray]:

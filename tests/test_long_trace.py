@@ -153,7 +153,7 @@ def long_run(folder: Path) -> dict[str, float]:
     return {
         "planned": largest.total,
         "plan": str(largest),
-        "launched": launched["tokens"].nbytes,
+        "launched": sum(array.nbytes for array in launched.values()),
         "peaks": peaks,
         "page": written["html"].stat().st_size,
         "cases": cases.numbers.to_dict("records"),
@@ -172,7 +172,7 @@ def test_a_long_trace_is_diagnosed_and_reported(tmp_path) -> None:
     nodes = pd.read_parquet(tmp_path / "run" / "records" / "nodes.parquet", columns=["t", "decision", "support"])
     assert nodes.loc[nodes["decision"], "t"].max() > TRACE / 2, "late windows have decision nodes"
     assert nodes.loc[nodes["decision"], "support"].ge(2).all()
-    # Beside the plan: whole responses of what was launched, three times while a piece is made, and compiled programs.
+    # Beside the plan: what was launched, three times while a piece is made, and compiled programs.
     assert max(found["peaks"].values()) < found["planned"] + 3 * found["launched"] + PROGRAMS
     assert found["page"] < 10e6
     (trace,) = found["traces"]

@@ -92,10 +92,7 @@ def diagnose(out, student, task, questions, *teachers, **budgets):
         "limit": 2,
         "rollouts": 32,
         "max-tokens": 10,
-        "by-gradient": 1,
-        "by-difference": 1,
-        "n-min": 8,
-        "n-sig": 3,
+        "exit-tokens": 2000,
         "demonstration-trials": 20,
         "slots": 32,
         "out": out,
@@ -140,7 +137,7 @@ def test_answering_model_is_analysed(task, questions, answering, tmp_path):
     student, other = answering
     teachers = ("Self-1C1W=self:1c1w", "Self-Sum-1C=self:sum1c@large", f"T={other}")
     out = tmp_path / "run"
-    assert diagnose(out, student, task, questions, *teachers, large=other, n_min=16) == 0
+    assert diagnose(out, student, task, questions, *teachers, large=other) == 0
     found = records(out)
     included = found["questions"][found["questions"]["excluded"] == ""]
     assert len(included) >= 1

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxopd.tree import PathTree, build_tree, count, paths, tally, walk
+from jaxopd.tree import Branches, PathTree, build_tree, count, paths, tally, walk
 
 ALPHABET = 3
 
@@ -111,6 +111,33 @@ def test_statistics_against_a_brute_force_trie(block: int) -> None:
         constant = np.broadcast_to(weight[:, :1], weight.shape)
         expected = brute_force(tree, rollouts, constant, launch)
         np.testing.assert_allclose(tally(tree, walks, weight[:, 0], launch), expected, atol=1e-12)
+
+    check()
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("block", [1, 7, 4096])
+def test_a_branch_is_walked_like_the_whole_response(block: int) -> None:
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(0, 2**32 - 1))
+    def check(seed: int) -> None:
+        tree, rollouts, parts, rng = random_case(seed)
+        path, start, own = [], [], []
+        for rollout in rollouts:
+            common = [len(np.flatnonzero(np.cumprod([x == y for x, y in zip(rollout, one)]))) for one in tree.tokens]
+            path.append(int(rng.choice(np.flatnonzero(np.array(common) > 0))) if max(common) else 0)
+            start.append(int(rng.integers(0, common[path[-1]] + 1)))
+            own.append(rollout[start[-1] :])
+        tokens = np.full((len(own), max(map(len, own)) + 1), -1, np.int32)
+        for row, rest in zip(tokens, own, strict=True):
+            row[: len(rest)] = rest
+        branches = Branches(tokens, np.array(path), np.array(start))
+        for row, rollout in zip(branches.whole(tree), rollouts, strict=True):
+            assert row[row >= 0].tolist() == rollout
+        expected, found = walk(tree, parts, block=block), walk(tree, [branches, branches], block=block)
+        for half in (slice(None, 30), slice(30, None)):
+            np.testing.assert_array_equal(found.common[half], expected.common)
+            np.testing.assert_array_equal(found.slot[half], expected.slot)
 
     check()
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -30,6 +31,7 @@ from paper import SETTINGS
 
 from jaxopd.analysis import of_estimator
 from jaxopd.diagnose import DiagnoseConfig, diagnose
+from jaxopd.diagnose.config import ALONE
 from jaxopd.diagnose.screen import CONTEXTS, ROLLOUTS, screen
 from jaxopd.report.arranged import write_tables
 from jaxopd.report.plots import STYLE
@@ -202,8 +204,7 @@ def toy_settings(out: Path, questions: int | None, allocation: str, *, smoke: bo
                 task="toy",
                 questions=f"{flavour}:{1 if smoke else questions or QUESTIONS[flavour]}:1",
                 large=str(MODELS / "X"),
-                **TOY_BUDGETS | (SMOKE_BUDGETS if smoke else {}),
-                allocation=allocation,
+                **_budgets(allocation, TOY_BUDGETS | (SMOKE_BUDGETS if smoke else {})),
             )
             paper = (size, TOY_BENCHMARKS[flavour]) if flavour in TOY_BENCHMARKS else None
             settings.append(Setting(f"{student} {flavour}", out / f"{student}-{flavour}", config, paper))
@@ -214,7 +215,6 @@ def paper_settings(out: Path, questions: int | None, allocation: str, data: Path
     """The paper's students, teachers and budgets; `models` is a hub organisation or a local folder."""
     teachers = (*SELF_TEACHERS, *(f"Qwen3-{size}={models}/Qwen3-{size}" for size in ("4B", "8B", "14B")))
     shared = {"teacher": teachers, "large": f"{models}/Qwen3-32B", "dtype": "bfloat16", "thinking": True}
-    shared["allocation"] = allocation
     settings = []
     for size in ("0.6B", "1.7B"):
         for name, task, benchmark in (("BoolQ", "boolq", {}), ("MMLU", "mmlu", {}), ("AIME", "math", AIME)):
@@ -222,11 +222,18 @@ def paper_settings(out: Path, questions: int | None, allocation: str, data: Path
                 student=f"{models}/Qwen3-{size}",
                 task=task,
                 questions=str(question_file(data / DATA_FOLDERS[name])),
-                **{"limit": questions or PAPER_QUESTIONS, "max_tokens": 4096} | benchmark | shared,
+                **_budgets(allocation, {"limit": questions or PAPER_QUESTIONS, "max_tokens": 4096} | benchmark),
+                **shared,
             )
             played = (size, name) if (size, name) in SETTINGS else None
             settings.append(Setting(f"{size} {name}", out / f"{size}-{name}", config, played))
     return tuple(settings)
+
+
+def _budgets(allocation: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The allocation with its budgets; those of the paper's alone are left out of the others'."""
+    idle = () if allocation == "paper" else ALONE["paper"]
+    return {"allocation": allocation} | {name: value for name, value in wanted.items() if name not in idle}
 
 
 def question_file(folder: Path) -> Path:

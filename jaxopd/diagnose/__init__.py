@@ -23,6 +23,7 @@ def diagnose(config: DiagnoseConfig, out: str, progress: Progress = lambda stage
 
     Raises InputError, before anything is written, on input that cannot work.
     """
+    config.check_options()
     session = Session(config, out, progress)
     reward(session, collect(session))
     record(session)

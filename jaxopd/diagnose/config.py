@@ -7,6 +7,10 @@ from jaxopd.errors import InputError
 
 RESPONSES = 600  # in tokens of the mean one, that exits may take at most
 WATCHED = 64  # tokens a model can watch at a node; above tau = .02 there are at most 50
+ALONE = {  # options that one allocation alone looks at
+    "paper": ("by_gradient", "by_difference", "window", "n_min", "n_sig"),
+    "exits": ("target_se", "exit_tokens", "teacher_agnostic", "decide", "low_discrepancy"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,13 @@ class DiagnoseConfig:
         """Tokens that exits may take, where a response has `mean_length` of them."""
         return RESPONSES * mean_length if self.exit_tokens is None else self.exit_tokens
 
+    def check_options(self) -> None:
+        """Raises InputError on an option that was set and that the allocation does not look at."""
+        for other in ALONE.keys() - {self.allocation}:
+            for field in dataclasses.fields(DiagnoseConfig):
+                if field.name in ALONE[other] and getattr(self, field.name) != field.default:
+                    raise InputError(f"{field.name}: found with allocation {self.allocation}, expected with {other}")
+
     @property
     def targeting(self) -> dict[str, float | int]:
         """The budgets of `paper_targets`."""
@@ -88,8 +99,6 @@ class DiagnoseConfig:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
         if self.allocation not in ("paper", "exits"):
             raise InputError(f"allocation: found {self.allocation!r}, expected paper or exits")
-        if self.allocation == "paper" and (self.teacher_agnostic or self.decide or self.low_discrepancy):
-            raise InputError("allocation: found paper with an option of exits alone, expected exits")
         if not 0 < self.target_se < float("inf"):
             raise InputError(f"target_se: found {self.target_se}, expected a number above 0")
         for name in ("by_gradient", "by_difference", "truth_rollouts", "exit_tokens"):

@@ -14,13 +14,14 @@ from jaxopd.diagnose.launches import joined, launch, rollout_counts
 from jaxopd.diagnose.nodes import path_tree, student_hidden, teacher_scores
 from jaxopd.diagnose.session import Session
 from jaxopd.tree import Counts, PathTree, Targets
-from jaxopd.tree.allocation import ExitProblem, SpreadNumbers, global_cosines, spend, unit_gradients
+from jaxopd.tree.allocation import ExitProblem, SpreadNumbers, global_cosines, spend
 from jaxopd.tree.success import Z95
 
 NO_LAUNCHES = {
+    "path": np.zeros(0, np.int64),
+    "launch": np.zeros(0, np.int64),
     "tokens": np.zeros((0, 1), np.int32),
     "grade": np.zeros(0, np.int8),
-    "launch": np.zeros(0, np.int64),
 }
 NODES_AT_ONCE = 64  # rows of logits when the rest of a node's tokens is drawn from
 
@@ -43,7 +44,7 @@ def _spent(session: Session, index: int) -> list[dict[str, np.ndarray]]:
     def launch_round(number: Int[np.ndarray, "N K1"]) -> tuple[Counts, int]:
         targets, spread = _targets(session, index, tree, number, rng), numbers and numbers.next(number)
         rounds.append(launch(session, index, tree, targets, f"enrichment-{len(rounds)}", spread))
-        taken = (rounds[-1]["tokens"] >= 0).sum() - rounds[-1]["launch"].sum()
+        taken = (rounds[-1]["tokens"][:, 1:] >= 0).sum()  # the first one was given
         return rollout_counts(tree, rolled, *rounds), int(taken)
 
     lengths = (rolled["tokens"] >= 0).sum(1)
@@ -66,8 +67,7 @@ def exit_problem(session: Session, index: int) -> ExitProblem:
     tree = path_tree(session, index)
     scores = [teacher_scores(session, name, index) for name in session.teachers]
     p, q = np.exp(scores[0].log_p, dtype=np.float64), np.exp([found.log_q for found in scores], dtype=np.float64)
-    compared = (tree.candidates >= 0) & (p > 0) & ((p > session.config.tau) | (q > session.config.tau).any(0))
-    return ExitProblem(tree, p, compared, unit_gradients(p, q, compared))
+    return ExitProblem.create(tree, p, q, session.config.tau)
 
 
 def cosine_table(question: str, problem: ExitProblem, counts: Counts, teachers: list[str]) -> pd.DataFrame:

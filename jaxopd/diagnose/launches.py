@@ -5,13 +5,15 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from jaxopd.diagnose.nodes import path_tree, student_log_probs, teacher_scores
+from jaxopd.diagnose.nodes import path_tree, representative_paths, student_log_probs, teacher_scores
 from jaxopd.diagnose.session import Session
 from jaxopd.gradients import logit_gradient
 from jaxopd.rollouts import Requests
 from jaxopd.tree import (
+    Branches,
     Counts,
     PathTree,
+    Responses,
     SuccessEstimate,
     Targets,
     count,
@@ -21,6 +23,7 @@ from jaxopd.tree import (
     walk,
 )
 
+CELLS = 1 << 22  # tokens of whole responses graded at a time
 BATCH = 20  # initial rollouts drawn at a time while paths of both outcomes are looked for
 TRUTH_FLOOR = 1e-4  # probability from which the oracle launches a token by itself
 
@@ -86,18 +89,14 @@ def launch(
     stage: str,
     spread: Float[np.ndarray, " R"] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Runs targeted rollouts and grades them; gives whole responses, their grades and launch depths.
+    """Runs targeted rollouts and grades them; gives path, launch (tokens given), grade, and tokens from the last given.
 
     `spread` numbers choose the rollouts' first tokens, in the order of the targets.
     """
     prompt, number = session.prompts[index], targets.number
     limit = min(session.config.max_tokens, session.student.config.max_positions - len(prompt))
     path, depth, token = (np.repeat(x, number) for x in (targets.path, targets.depth, targets.token))
-    R = len(path)
-    given = np.full((len(tree.length), limit), -1)
-    given[:, : tree.tokens.shape[1]] = tree.tokens
-    responses = np.where(np.arange(limit)[None] < depth[:, None], given[path], -1).astype(np.int32)
-    responses[np.arange(R), depth] = token
+    tokens = token[:, None].astype(np.int32)
     # After a forced stop token, or one at the limit, there is nothing to sample.
     alive = np.flatnonzero(~np.isin(token, session.stop_ids) & (depth + 1 < limit))
     if len(alive):
@@ -106,19 +105,33 @@ def launch(
         spread = None if spread is None else spread[alive].astype(np.float32) % 1.0  # a float32 may round up to 1
         requests = Requests(path[alive], cut, token[alive], alive, left, spread)
         rolled = session.engine(session.config.student).run(trunks, requests, session.sampling(stage, index))
-        row, step = np.nonzero(rolled.tokens >= 0)
-        responses[alive[row], depth[alive][row] + 1 + step] = rolled.tokens[row, step]
-    width = max(1, int((responses >= 0).sum(1).max(initial=1)))
-    responses = responses[:, :width]
-    grade = session.grades(responses, session.questions[index].gold)
-    return {"tokens": responses, "grade": grade, "launch": depth.astype(np.int64) + 1}
+        drawn = np.full((len(path), rolled.tokens.shape[1]), -1, np.int32)
+        drawn[alive] = rolled.tokens
+        tokens = np.concatenate([tokens, drawn], 1)
+    launched = {"path": path, "launch": depth.astype(np.int64) + 1, "tokens": tokens}
+    return launched | {"grade": _grades(session, index, tree, _responses(launched))}
+
+
+def _grades(session: Session, index: int, tree: PathTree, launched: Branches) -> np.ndarray:
+    """Grades whole responses, few enough at a time that a thousand of 30,000 tokens are never held at once."""
+    at_once = max(1, CELLS // session.config.max_tokens)
+    parts = [launched[low : low + at_once].whole(tree) for low in range(0, len(launched), at_once)]
+    graded = [session.grades(part, session.questions[index].gold) for part in parts]
+    return np.concatenate(graded) if graded else np.zeros(0, np.int8)
+
+
+def _responses(part: dict[str, np.ndarray]) -> Responses:
+    """Reads initial rollouts, which are whole, or targeted ones, which follow a path first."""
+    if "path" not in part:
+        return part["tokens"]
+    return Branches(part["tokens"], part["path"], part["launch"] - 1)
 
 
 def rollout_counts(tree: PathTree, *parts: dict[str, np.ndarray]) -> Counts:
     """Counts visits and successes over initial (launch 0) and targeted rollouts together."""
     success = np.concatenate([part["grade"] == 1 for part in parts])
     launched = [part.get("launch", np.zeros(len(part["grade"]), np.int64)) for part in parts]
-    return count(tree, walk(tree, [part["tokens"] for part in parts]), success, np.concatenate(launched))
+    return count(tree, walk(tree, [_responses(part) for part in parts]), success, np.concatenate(launched))
 
 
 def find_truth(session: Session, chosen: list[int]) -> None:
@@ -152,5 +165,8 @@ def true_success(session: Session, index: int, tree: PathTree, counts: Counts) -
 def response_parts(session: Session, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Gives the (responses, grades) of every rollout of a question: initial, targeted, and the oracle's if any."""
     stages = [stage for stage in ("rollouts", "enrichment", "truth") if session.run.done(f"{stage}/{index:05d}")]
-    arrays = [session.run.load(f"{stage}/{index:05d}")[0] for stage in stages]
-    return [(found["tokens"], found["grade"]) for found in arrays]
+    tree, arrays = representative_paths(session, index).tree, [session.run.load(f"{s}/{index:05d}")[0] for s in stages]
+    assert tree is not None
+    responses = [_responses(found) for found in arrays]
+    whole = [found if isinstance(found, np.ndarray) else found.whole(tree) for found in responses]
+    return list(zip(whole, (found["grade"] for found in arrays), strict=True))

@@ -51,10 +51,12 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "dr_grpo_std": dr_grpo_std,
     }
 )
+SAMPLED = ("single_sample", "minillm", "dr_grpo", "dr_grpo_std")  # FORMS that average rollouts: no samples, no gradient
 
 __all__ = [
     "FORMS",
     "READINGS",
+    "SAMPLED",
     "Form",
     "Position",
     "Reading",

@@ -8,6 +8,7 @@ tokens of S counts: where all succeed alike, which only the truth knows, its cos
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -101,7 +102,7 @@ class Contest:
         sets = {FIXED: compared}
         if entry.allocation == "paper":
             sets[OWN] = drawn.often_visited(entry.config.n_sig)
-        true = np.broadcast_to(np.nan_to_num(problem.success), compared.shape)
+        true = np.broadcast_to(problem.success, compared.shape)
         found = []
         for which, judged in sets.items():
             aims = self._aggregates(problem, drawn, judged, true)
@@ -110,7 +111,7 @@ class Contest:
             for name, estimates in drawn.estimates.items():
                 value = np.stack([estimate.value for estimate in estimates])
                 known = judged & np.isfinite(value)
-                got = self._aggregates(problem, drawn, known, np.nan_to_num(value))
+                got = self._aggregates(problem, drawn, known, value)
                 for form, aim in aims.items():
                     found.append(_rows(problem, entry, drawn, name, form, which, got[form], aim))
         return found
@@ -127,9 +128,8 @@ class Contest:
         R, N, _ = judged.shape
         columns = {name: [] for name in forms}
         for teacher in problem.log_q:
-            scores = node_alignment(
-                _positions(problem, drawn, judged, success, teacher), forms, readings=("renormalized",)
-            )
+            positions = problem.positions(judged, success, teacher, drawn.samples)
+            scores = node_alignment(positions, forms, readings=("renormalized",))
             norm, spread = (np.nan_to_num(scores[name]).reshape(R, N) for name in ("ideal_norm", "success_range"))
             for name in forms:
                 cosine = np.nan_to_num(scores[f"align_{name}"]).reshape(R, N)
@@ -161,7 +161,7 @@ class Drawn:
     counts: list[Counts]
     estimates: dict[str, list[SuccessEstimate]]
 
-    @property
+    @cached_property
     def tokens(self) -> Float[np.ndarray, " R"]:
         """Tokens spent."""
         return np.array([rollouts.tokens for rollouts in self.rolled], float)
@@ -171,7 +171,7 @@ class Drawn:
         pooled = [ESTIMATORS["pooled"](r.problem.tree, c, r.problem.p) for r, c in zip(self.rolled, self.counts)]
         return np.stack([support(self.rolled[0].problem.tree, estimate, n_sig) for estimate in pooled])
 
-    @property
+    @cached_property
     def samples(self) -> dict[str, Float[np.ndarray, "R N K"]]:
         """What forms of sampled tokens see: counts of free draws and their mean advantage."""
         free = np.stack([c.free for c in self.counts]).astype(float)
@@ -194,23 +194,6 @@ def _estimated(name: str, estimate: Estimator, problem: Problem, counts: Counts)
     if not isinstance(found, SuccessEstimate):
         raise InputError(f"estimator {name}: found a {type(found).__name__}, expected a SuccessEstimate")
     return found
-
-
-def _positions(problem: Problem, drawn: Drawn, judged, success, teacher: str) -> Position:
-    """Lays out every node of every replicate, K padded to a multiple of 8 so that few programs are compiled."""
-    R, N, K = judged.shape
-    pad = ((0, 0), (0, -K % 8))
-
-    def wide(x: np.ndarray, fill: float = 0.0) -> np.ndarray:
-        return np.pad(x.reshape(R * N, K), pad, constant_values=fill)
-
-    samples = {k: (wide(v) if v.ndim == 3 else v.reshape(-1)).astype(np.float32) for k, v in drawn.samples.items()}
-    log_p, log_q = (
-        wide(np.broadcast_to(x, (R, N, K)), -np.inf).astype(np.float32) for x in (problem.log_p, problem.log_q[teacher])
-    )
-    return Position.create(
-        log_p, log_q, support=wide(judged, False), success=wide(success).astype(np.float32), **samples
-    )
 
 
 def _success_errors(problem: Problem, entry: Entry, drawn: Drawn) -> list[pd.DataFrame]:

@@ -1,9 +1,11 @@
 """Questions whose every success probability is exact: finite decision processes, of recorded runs or at random."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,10 +16,11 @@ from jaxopd.diagnose.launches import response_parts
 from jaxopd.diagnose.nodes import included, representative_paths, teacher_model
 from jaxopd.diagnose.session import Progress, Session
 from jaxopd.errors import InputError
+from jaxopd.gradients import Position
 from jaxopd.responses import response_hidden, response_log_probs, token_log_probs
 from jaxopd.runs import RunFolder
 from jaxopd.tree import PathTree, Walks, build_tree, walk
-from jaxopd.tree.allocation import ExitProblem, unit_gradients
+from jaxopd.tree.allocation import ExitProblem
 from jaxopd.tree.oracle import FiniteMDP
 
 PATHS = 2  # of each outcome, in a random problem
@@ -68,12 +71,34 @@ class Problem:
 
     def compared(self, tau: float) -> Bool[np.ndarray, "N K"]:
         """Tokens to which the student or a teacher gives more than tau."""
-        return (self.p > 0) & ((self.p > tau) | (self.q > tau).any(0))
+        return self.exits(tau).compared
 
     def exits(self, tau: float) -> ExitProblem:
         """The allocation's view of it."""
-        compared = self.compared(tau)
-        return ExitProblem(self.tree, self.p, compared, unit_gradients(self.p, self.q, compared))
+        return ExitProblem.create(self.tree, self.p, self.q, tau)
+
+    def positions(
+        self,
+        judged: Bool[np.ndarray, "R N K"],
+        success: Float[np.ndarray, "R N K"],
+        teacher: str,
+        samples: Mapping[str, Float[np.ndarray, "R N *K"]] = MappingProxyType({}),
+    ) -> Position:
+        """Lays out every node of R replicates, [R * N], with S_u = `judged`; unknown success counts as 0.
+
+        `samples` are what forms of sampled tokens need, by the field of Position. K is padded to a multiple of 8, so
+        that few programs are compiled.
+        """
+        R, _, K = judged.shape
+
+        def flat(x: np.ndarray, fill: float = 0.0) -> np.ndarray:
+            rows = x.reshape(-1, *x.shape[2:])
+            wide = np.pad(rows, ((0, 0), (0, -K % 8)), constant_values=fill) if rows.ndim == 2 else rows
+            return wide if x.dtype == bool else wide.astype(np.float32)
+
+        policies = (flat(np.tile(x, (R, 1, 1)), -np.inf) for x in (self.log_p, self.log_q[teacher]))
+        known = {"support": judged, "success": np.nan_to_num(success), **samples}
+        return Position.create(*policies, **{name: flat(x) for name, x in known.items()})
 
     def watching(self, tau: float) -> "Problem":
         """The same question with the tokens of `compared` as candidates, as a diagnosis sees it; the rest is pooled."""

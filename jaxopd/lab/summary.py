@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from jaxopd.gradients import FORMS, Form, Position, gradient, ideal
+from jaxopd.alignment import node_alignment, summarize
+from jaxopd.gradients import FORMS, Form, Position, gradient
 from jaxopd.lab.contest import CLEANED, Errors
 from jaxopd.lab.problems import Problem
 
@@ -58,7 +59,7 @@ def aggregate_table(errors: Errors) -> pd.DataFrame:
                 "difference rmse": _rmse(pairs),
                 "coverage": _coverage(own),
                 "difference coverage": _coverage(pairs),
-                "ranking": _ranking(pairs),
+                "ranking": ranking(pairs["value"].to_numpy(), pairs["truth"].to_numpy()),
             }
         )
     return pd.DataFrame(rows)
@@ -85,10 +86,10 @@ def _coverage(rows: pd.DataFrame) -> float:
     return float(((rows["value"] - rows["truth"]).abs() <= rows["half"]).mean()) if len(rows) else np.nan
 
 
-def _ranking(pairs: pd.DataFrame) -> float:
-    """How often two teachers that truly differ are put in the right order."""
-    apart = pairs[(pairs["truth"].abs() > CLOSE) & pairs["value"].notna()]
-    return float((np.sign(apart["value"]) == np.sign(apart["truth"])).mean()) if len(apart) else np.nan
+def ranking(value: Float[np.ndarray, "*n"], truth: Float[np.ndarray, "*n"]) -> float:
+    """How often two teachers that truly differ are put in the right order, from differences of their aggregates."""
+    apart = (np.abs(truth) > CLOSE) & np.isfinite(value)
+    return float((np.sign(value) == np.sign(truth))[apart].mean()) if apart.any() else np.nan
 
 
 def saving_table(errors: Errors) -> pd.DataFrame:
@@ -150,23 +151,23 @@ def form_table(problems: Iterable[Problem], forms: Mapping[str, Form], tau: floa
     """
     found = []
     for problem in problems:
+        judged = problem.compared(tau)[None]
         for teacher in problem.log_q:
-            at = exact_position(problem, teacher, tau)
-            aim, reverse = gradients(ideal, at), gradients(FORMS["reverse_kl"], at)
+            positions = problem.positions(judged, problem.success[None], teacher)
+            scores = node_alignment(positions, forms, ("renormalized",))
+            reverse = gradients(FORMS["reverse_kl"], positions)
             for name, form in forms.items():
-                own = gradients(form, at)
-                to_ideal, to_reverse = cosines(own, aim), cosines(own, reverse)
-                decision = np.isfinite(to_ideal)
-                norm = np.linalg.norm(aim, axis=1)
-                power = np.sqrt(decision.sum() * (norm[decision] ** 2).sum())
+                cosine = scores[f"align_{name}"]
+                summary = summarize(cosine, scores["ideal_norm"], scores["success_range"], np.isfinite(cosine))
+                to_reverse = cosines(gradients(form, positions), reverse)
                 found.append(
                     {
                         "form": name,
                         "question": problem.question,
                         "teacher": teacher,
-                        "global cosine": (norm * to_ideal)[decision].sum() / power if power else np.nan,
-                        "mean cosine": np.nanmean(to_ideal) if decision.any() else np.nan,
-                        "fraction positive": (to_ideal[decision] > 0).mean() if decision.any() else np.nan,
+                        "global cosine": float(summary["global"]),
+                        "mean cosine": float(summary["mean"]),
+                        "fraction positive": float(summary["fraction_positive"]),
                         "cosine to reverse_kl": np.nanmean(to_reverse) if np.isfinite(to_reverse).any() else np.nan,
                     }
                 )
@@ -176,13 +177,6 @@ def form_table(problems: Iterable[Problem], forms: Mapping[str, Form], tau: floa
     same = best.eq(best["reverse_kl"], axis=0).mean().rename("best teacher as reverse_kl")
     means = table.drop(columns=["question", "teacher"]).groupby("form", sort=False).mean()
     return means.join(same).reset_index()
-
-
-def exact_position(problem: Problem, teacher: str, tau: float) -> Position:
-    """The positions of a problem's nodes with the exact success of the tokens compared."""
-    compared = problem.compared(tau)
-    known = {"support": compared, "success": np.nan_to_num(problem.success)}
-    return Position.create(problem.log_p.astype(np.float32), problem.log_q[teacher].astype(np.float32), **known)
 
 
 def gradients(form: Form, positions: Position) -> Float[np.ndarray, "N K"]:

@@ -16,14 +16,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxopd.gradients import FORMS, Position, gradient
+from jaxopd.gradients import FORMS, SAMPLED, Position, gradient
 from jaxopd.report.trees import QuestionTree
 
 DRAWS = 200
 TAILS = 0.025, 0.975
 LEAST_Q = 1e-38  # stands for probabilities that float32 rounds to 0
 ROWS = 512  # positions in one call: a fixed number, so that few shapes are compiled
-SAMPLED = ("single_sample", "minillm", "dr_grpo", "dr_grpo_std")  # need what the initial rollouts say at each token
 
 Triple = Float[np.ndarray, "... 3"]  # a number, the low and the high end of its interval
 

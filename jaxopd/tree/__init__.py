@@ -1,6 +1,6 @@
 """The generation tree: paths, visits, targets, success probabilities and the exact oracle."""
 
-from jaxopd.tree.paths import EXIT, LEAF, Counts, PathTree, Walks, build_tree, count, tally, walk
+from jaxopd.tree.paths import EXIT, LEAF, Branches, Counts, PathTree, Responses, Walks, build_tree, count, tally, walk
 from jaxopd.tree.success import ESTIMATORS, SuccessEstimate, back_up, exit_values, success_estimates, support
 from jaxopd.tree.targeting import Targets, depth_window, exit_targets, paper_targets
 
@@ -8,8 +8,10 @@ __all__ = [
     "ESTIMATORS",
     "EXIT",
     "LEAF",
+    "Branches",
     "Counts",
     "PathTree",
+    "Responses",
     "SuccessEstimate",
     "Targets",
     "Walks",

@@ -42,6 +42,14 @@ class ExitProblem:
     compared: Bool[np.ndarray, "N K"]
     unit: Float[np.ndarray, "M N K"]
 
+    @classmethod
+    def create(
+        cls, tree: PathTree, p: Float[np.ndarray, "N K"], q: Float[np.ndarray, "M N K"], tau: float
+    ) -> "ExitProblem":
+        """Compares the tokens to which the student or a teacher gives more than tau."""
+        compared = (tree.candidates >= 0) & (p > 0) & ((p > tau) | (q > tau).any(0))
+        return cls(tree, p, compared, unit_gradients(p, q, compared))
+
     @cached_property
     def rest(self) -> Float[np.ndarray, " N"]:
         """The student's probability of all tokens that are no candidates; 0 where rounding alone is left."""
@@ -59,15 +67,10 @@ class ExitProblem:
         """P renormalised on S at nodes where S has two tokens or more, else 0."""
         return on_decisions(self.p, self.compared)
 
-    @property
-    def has_decisions(self) -> bool:
-        """Whether any node has two tokens of S."""
-        return bool((self.weight > 0).any())
-
     @cached_property
     def decisions(self) -> int:
-        """Nodes where S has two tokens or more, at least 1."""
-        return max(1, int((self.weight.sum(1) > 0).sum()))
+        """Nodes where S has two tokens or more."""
+        return int((self.weight.sum(1) > 0).sum())
 
     def gradient(self, exits: Float[np.ndarray, "N K1"]) -> Float[np.ndarray, "N K"]:
         """The ideal gradient P(V - Vbar) on S, from the values of the exits."""
@@ -143,7 +146,7 @@ def spend(
     """
     expected, spent, left, turn = left_after(problem.tree, lengths), float(lengths.sum()), tokens, 0
     aim = replace(problem, unit=problem.unit[:0]) if teacher_agnostic else problem
-    while left > LEAST_LEFT * tokens and turn < MOST_ROUNDS and problem.has_decisions:
+    while left > LEAST_LEFT * tokens and turn < MOST_ROUNDS and problem.decisions:
         cosine, covariance = global_cosines(problem, counts)
         se = np.sqrt(np.diag(covariance).max(initial=0.0))
         look = turn - SURE_AFTER
@@ -239,7 +242,7 @@ def global_cosines(problem: ExitProblem, counts: Counts) -> tuple[Float[np.ndarr
     NaN where no node has two tokens of S.
     """
     M = len(problem.unit)
-    if not problem.has_decisions:
+    if not problem.decisions:
         return np.full(M, np.nan), np.full((M, M), np.nan)
     visits, success = counts.on_policy, counts.on_policy_success
     x = exit_values(problem.tree, counts, problem.p)

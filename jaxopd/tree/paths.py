@@ -20,6 +20,7 @@ from jaxopd.errors import InputError
 WINDOW = 256  # depths compared at a time: few enough that most rollouts are read little beyond where they leave
 CELLS = 1 << 20  # weights [G, T] summed at a time
 
+PAST_END = -2  # no response has this token
 EXIT, LEAF = -1, -2  # children that are no node: off the paths; the end of a path, whose outcome is known
 
 
@@ -56,6 +57,11 @@ class PathTree:
         """The candidate slot of the owner's own token."""
         token = self.tokens[self.owner, self.depth]
         return np.argmax(self.candidates == token[:, None], 1)
+
+    @cached_property
+    def shared(self) -> Int[np.ndarray, "M M"]:
+        """Tokens that two paths begin with alike."""
+        return np.array([[_common(a, b) for b in self.tokens] for a in self.tokens])
 
     @cached_property
     def first_owned(self) -> Int[np.ndarray, " M"]:
@@ -124,15 +130,42 @@ class Walks:
         return Walks(self.common[index], self.slot[index])
 
 
-def walk(
-    tree: PathTree, sequences: Int[np.ndarray, "G S"] | Sequence[Int[np.ndarray, "_ _"]], *, block: int = 4096
-) -> Walks:
-    """Compares whole responses (padded with -1, from the first response token) with every path.
+@dataclass(frozen=True)
+class Branches:
+    """Responses that follow a path up to depth `start` and then have tokens of their own."""
 
-    `sequences` is one array or a list of parts of any widths, in memory or mapped from disk. A response is read no
-    further than it follows a path, WINDOW depths at a time: beside the result, memory is `block` (WINDOW + K) tokens.
+    tokens: Int[np.ndarray, "G S"]  # from depth `start` on, padded with -1
+    path: Int[np.ndarray, " G"]
+    start: Int[np.ndarray, " G"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> "Branches":
+        return Branches(self.tokens[rows], self.path[rows], self.start[rows])
+
+    def whole(self, tree: PathTree) -> Int[np.ndarray, "G T"]:
+        """The responses from their first token on, padded with -1."""
+        G, width = len(self), int((self.start + (self.tokens >= 0).sum(1)).max(initial=1))
+        responses = np.full((G, width), -1, np.int32)
+        shared = min(width, tree.tokens.shape[1])
+        given = np.arange(shared)[None] < self.start[:, None]
+        responses[:, :shared][given] = tree.tokens[self.path, :shared][given]
+        row, step = np.nonzero(self.tokens >= 0)
+        responses[row, self.start[row] + step] = self.tokens[row, step]
+        return responses
+
+
+Responses = Int[np.ndarray, "G S"] | Branches
+
+
+def walk(tree: PathTree, responses: Responses | Sequence[Responses], *, block: int = 4096) -> Walks:
+    """Compares responses (whole ones, padded with -1, from the first response token; or branches) with every path.
+
+    `responses` may be a list of parts of any widths, in memory or mapped from disk. One is read no further than it
+    follows a path, WINDOW depths at a time: beside the result, memory is `block` (WINDOW + K) tokens.
     """
-    parts = [sequences] if isinstance(sequences, np.ndarray) else sequences
+    parts = [responses] if isinstance(responses, (np.ndarray, Branches)) else responses
     G, M = sum(map(len, parts)), len(tree.length)
     common, slot = np.empty((G, M), np.int64), np.empty((G, M), np.int64)
     row = 0
@@ -140,36 +173,51 @@ def walk(
         for low in range(0, len(part), block):
             rows = part[low : low + block]
             here = slice(row, row + len(rows))
-            for a, length in enumerate(tree.length):
-                common[here, a] = _followed(rows, tree.tokens[a, :length])
-                slot[here, a] = _taken_slot(tree, a, rows, common[here, a])
+            for a in range(M):
+                common[here, a], slot[here, a] = _left(tree, a, rows)
             row += len(rows)
     return Walks(common, slot)
 
 
-def _followed(rows: Int[np.ndarray, "B S"], path: Int[np.ndarray, " T"]) -> Int[np.ndarray, " B"]:
-    """Counts the tokens each row shares with the path, looking at WINDOW depths of the rows still on it at a time."""
-    common = np.full(len(rows), min(rows.shape[1], len(path)))
-    path, on_path = path.astype(np.int32), np.arange(len(rows))
-    for low in range(0, common.max(initial=0), WINDOW):
-        ahead = path[low : low + WINDOW]
-        differs = rows[on_path, low : low + len(ahead)].astype(np.int32, copy=False) != ahead[: rows.shape[1] - low]
-        leaves = differs.any(1)
-        common[on_path[leaves]] = low + differs[leaves].argmax(1)
-        on_path = on_path[~leaves]
-    return common
-
-
-def _taken_slot(tree: PathTree, a: int, rows: np.ndarray, common: np.ndarray) -> Int[np.ndarray, " B"]:
-    """Finds each row's own token, where it leaves path a, among the candidates there (see `Walks.slot`)."""
+def _left(tree: PathTree, a: int, rows: Responses) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+    """Finds the depth at which each row leaves path a, and the slot of its own token there."""
+    tokens, start = (rows, 0) if isinstance(rows, np.ndarray) else (rows.tokens, rows.start)
+    followed = _followed(tokens, start, tree.tokens[a, : tree.length[a]])
+    common, own = start + followed, np.full(len(rows), -1)
+    inside = np.flatnonzero(followed < tokens.shape[1])
+    own[inside] = tokens[inside, followed[inside]]
+    if isinstance(rows, Branches):
+        shared = tree.shared[rows.path, a]
+        earlier = start > shared  # the path they follow has left path a before they have tokens of their own
+        common = np.where(earlier, shared, common)
+        own = np.where(earlier, tree.tokens[rows.path, np.minimum(shared, tree.tokens.shape[1] - 1)], own)
     slot = np.full(len(rows), -1, np.int64)
-    leaves = np.flatnonzero(common < min(rows.shape[1], tree.length[a]))
-    at = common[leaves]
-    own = rows[leaves, at]
-    leaves, at, own = (x[own >= 0] for x in (leaves, at, own))
-    match = tree.candidates[tree.node_of[a, at]] == own[:, None]
+    leaves = np.flatnonzero((own >= 0) & (common < tree.length[a]))
+    match = tree.candidates[tree.node_of[a, common[leaves]]] == own[leaves, None]
     slot[leaves] = np.where(match.any(1), match.argmax(1), tree.candidates.shape[1])
-    return slot
+    return common, slot
+
+
+def _followed(
+    tokens: Int[np.ndarray, "B S"], start: int | Int[np.ndarray, " B"], path: Int[np.ndarray, " T"]
+) -> Int[np.ndarray, " B"]:
+    """Counts the tokens of each row that the path has from depth `start` on.
+
+    It looks at WINDOW depths of the rows that are still on the path at a time.
+    """
+    followed, on_path = np.full(len(tokens), tokens.shape[1]), np.arange(len(tokens))
+    padded = np.append(path, np.full(WINDOW, PAST_END)).astype(np.int32)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)
+    first = np.minimum(start, len(path))
+    for low in range(0, tokens.shape[1], WINDOW):
+        if not len(on_path):
+            break
+        ahead = windows[low + (first[on_path] if np.ndim(first) else first), : tokens.shape[1] - low]
+        differs = tokens[on_path, low : low + WINDOW].astype(np.int32, copy=False) != ahead
+        leaves = differs.any(1)
+        followed[on_path[leaves]] = low + differs[leaves].argmax(1)
+        on_path = on_path[~leaves]
+    return followed
 
 
 @dataclass(frozen=True)

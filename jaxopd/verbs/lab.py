@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jaxopd.diagnose import DiagnoseConfig
 from jaxopd.errors import InputError
-from jaxopd.gradients import FORMS
+from jaxopd.gradients import FORMS, SAMPLED
 from jaxopd.lab.contest import FIXED, Contest, Entry
 from jaxopd.lab.own import load_own
 from jaxopd.lab.problems import random_problem, recorded_problems, run_config
@@ -19,7 +19,6 @@ from jaxopd.lab.summary import aggregate_table, form_table, saving_table, succes
 from jaxopd.tree import ESTIMATORS
 from jaxopd.verbs.console import as_table, bars
 
-SAMPLED = ("single_sample", "minillm", "dr_grpo", "dr_grpo_std")  # forms without an exact gradient
 RANDOM = DiagnoseConfig(student="random", teacher=("random",), task="toy", questions="random")  # its budgets alone
 
 
