@@ -21,6 +21,7 @@ from jaxopd.tree.success import Z95
 
 PAGE_BYTES = 8_000_000  # of blocks in the page, which stays under 10 MB; further blocks lie beside it
 FOLDER = "explorer"
+NODES_AT_ONCE = 4096  # whose intervals are made together
 
 
 @dataclass(frozen=True)
@@ -170,25 +171,48 @@ def _estimates(records: Records, tree: QuestionTree, index: int) -> dict[str, An
         return None
     known = known_tokens(tree, name, index)
     here = {column: values[index][:, known.nodes] for column, values in tree.scores.items()}
-    noise = Noise(tree, known, name)
     slopes = [form_gradients(tree, known, name, teacher, records.forms) for teacher in teachers]
+    bounds = _bounds(records, tree, name, known, here, slopes)
     return {
         "success": _thousandths(_success(edges, name)),
         "decisions": known.nodes.tolist(),
-        "value": _thousandths(noise.value(here["value"][0])),
-        "success_range": _thousandths(noise.success_range(here["success_range"][0])),
-        "advantage": [
-            _thousandths(noise.advantage(here["advantage"][m], edges[f"q_{teacher}"]))
-            for m, teacher in enumerate(teachers)
-        ],
-        "alignment": [
-            [_alignment(noise, here[f"align_{form}"][m], slope.get(form)) for m, slope in enumerate(slopes)]
-            for form in records.forms
-        ],
+        "value": _thousandths(bounds["value"]),
+        "success_range": _thousandths(bounds["success_range"]),
+        "advantage": [_thousandths(of_teacher) for of_teacher in bounds["advantage"]],
+        "alignment": [[_thousandths(of_teacher) for of_teacher in of_form] for of_form in bounds["alignment"]],
         "known": known.edges[known.mask].tolist(),
-        "ideal": _thousandths(noise.ideal()[known.mask]),
+        "ideal": _thousandths(bounds["ideal"]),
         "signs": _signs(known, slopes, records.forms),
     }
+
+
+def _bounds(
+    records: Records,
+    tree: QuestionTree,
+    name: str,
+    known: KnownTokens,
+    here: dict[str, np.ndarray],
+    slopes: list[dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Numbers with their intervals, [..., D or tokens, 3], made for a few nodes at a time: draws are large."""
+    parts = []
+    for low in range(0, max(1, len(known.nodes)), NODES_AT_ONCE):
+        rows = slice(low, low + NODES_AT_ONCE)
+        part = known[rows]
+        noise, at = Noise(tree, part, name, seed=low), {column: values[:, rows] for column, values in here.items()}
+        advantages = [
+            noise.advantage(at["advantage"][m], tree.edges[f"q_{teacher}"])
+            for m, teacher in enumerate(records.teachers)
+        ]
+        alignments = [
+            [_alignment(noise, at[f"align_{form}"][m], slope.get(form), rows) for m, slope in enumerate(slopes)]
+            for form in records.forms
+        ]
+        found = {"value": noise.value(at["value"][0]), "success_range": noise.success_range(at["success_range"][0])}
+        found["advantage"] = np.reshape(advantages, (len(slopes), len(part.nodes), 3))
+        found["alignment"] = np.reshape(alignments, (len(records.forms), len(slopes), len(part.nodes), 3))
+        parts.append(found | {"ideal": noise.ideal()[part.mask]})
+    return {key: np.concatenate([part[key] for part in parts], -2) for key in parts[0]}
 
 
 def _success(edges: pd.DataFrame, estimator: str) -> np.ndarray:
@@ -199,10 +223,10 @@ def _success(edges: pd.DataFrame, estimator: str) -> np.ndarray:
     return np.stack([value, low, high], -1)
 
 
-def _alignment(noise: Noise, estimate: np.ndarray, slope: np.ndarray | None) -> list[int | None]:
+def _alignment(noise: Noise, estimate: np.ndarray, slope: np.ndarray | None, rows: slice) -> np.ndarray:
     if slope is None:  # without the form's gradient there is no interval
-        return _thousandths(np.stack([estimate, *np.full((2, len(estimate)), np.nan)], -1))
-    return _thousandths(noise.alignment(estimate, slope))
+        return np.stack([estimate, *np.full((2, len(estimate)), np.nan)], -1)
+    return noise.alignment(estimate, slope[rows])
 
 
 def _signs(known: KnownTokens, slopes: list[dict[str, np.ndarray]], forms: list[str]) -> list[str]:

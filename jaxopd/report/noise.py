@@ -34,6 +34,9 @@ class KnownTokens:
     nodes: Int[np.ndarray, " D"]
     edges: Int[np.ndarray, "D K"]
 
+    def __getitem__(self, rows: slice) -> "KnownTokens":
+        return KnownTokens(self.nodes[rows], self.edges[rows])
+
     @property
     def mask(self) -> Bool[np.ndarray, "D K"]:
         """True where there is a token."""
