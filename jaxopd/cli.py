@@ -1,25 +1,32 @@
 """The command line of jaxopd."""
 
+import dataclasses
 import errno
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Annotated
 
+import jax
 import tyro
 from rich.console import Console
 
+from jaxopd import distributed
 from jaxopd.errors import InputError
 from jaxopd.verbs.compare import Compare
 from jaxopd.verbs.console import keep_compiled, show_notices
 from jaxopd.verbs.demo import Demo, Truth
 from jaxopd.verbs.diagnose import Diagnose, MakeReport
 from jaxopd.verbs.lab import Lab
+from jaxopd.verbs.plan import MakePlan
 from jaxopd.verbs.screen import Screen
 from jaxopd.verbs.toy import Toy
 from jaxopd.verbs.train import Corpus, Evaluate, Preflight, Train
 
 PIPED_WIDTH = 140  # columns of a table that goes into a file
+BAD_INPUT, LOST_PROCESS, STOPPED, INTERRUPTED = 2, 3, 75, 130  # exit codes; 75, EX_TEMPFAIL, asks for another try
 
 Verb = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -29,6 +36,7 @@ Verb = (
     | Annotated[Screen, tyro.conf.subcommand("screen")]
     | Annotated[Truth, tyro.conf.subcommand("truth")]
     | Annotated[Lab, tyro.conf.subcommand("lab")]
+    | Annotated[MakePlan, tyro.conf.subcommand("plan")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Preflight, tyro.conf.subcommand("preflight")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
@@ -37,25 +45,81 @@ Verb = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; 0 when it worked, 2 with one sentence on bad input or a full disk."""
-    verb = tyro.cli(Verb, args=arguments, prog="jaxopd", description="On-policy distillation, measured token by token.")
-    try:
+RESUMABLE = (Diagnose, Demo, Screen, Train)  # what several processes can do together, and SIGTERM may interrupt
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """On-policy distillation, measured token by token."""
+
+    verb: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Verb]]
+    hosts: tyro.conf.OmitArgPrefixes[tyro.conf.CascadeSubcommandArgs[distributed.Hosts]] = dataclasses.field(
+        default_factory=distributed.Hosts
+    )
+
+    def run(self) -> None:
+        self.hosts.join()
+        name = type(self.verb).__name__.lower()
+        if distributed.several() and not isinstance(self.verb, RESUMABLE):
+            raise InputError(f"--distributed: found {name}, expected diagnose, demo, screen or train")
         keep_compiled()
-        console = Console()
-        console = console if console.is_terminal else Console(width=PIPED_WIDTH)
+        console = Console(quiet=not distributed.is_first())
+        if not console.is_terminal:
+            console = Console(width=PIPED_WIDTH, quiet=console.quiet)
         show_notices(console)
-        verb.run(console)
-    except InputError as error:
-        print(f"jaxopd: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # libraries say it in exceptions of their own kinds
-        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            raise
+        with distributed.preemptible() if isinstance(self.verb, RESUMABLE) else nullcontext():
+            self.verb.run(console)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb and gives the exit code of `guarded`."""
+    return guarded(tyro.cli(Command, args=arguments, prog="jaxopd").run)
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Runs something and gives the exit code; what went wrong is told in one sentence.
+
+    0 it worked, 2 bad input or a full disk, 3 another process of the run was lost, 75 stopped by SIGTERM.
+    """
+    again = "what was finished is saved, and the same command goes on from there"
+    try:
+        run()
+        return 0
+    except distributed.Preempted:
+        return _tell(f"stopped by SIGTERM: {again}", STOPPED, by_all=True)
+    except distributed.SharedError as error:
+        return _tell(str(error), BAD_INPUT, by_all=True)
+    except KeyboardInterrupt:
+        distributed.leave(INTERRUPTED)  # the others would wait for a regular end
+        raise
+    except Exception as error:
+        code = _failure(error, again)
+        distributed.leave(code)
+        return code
+
+
+def _failure(error: Exception, again: str) -> int:
+    """Tells what this process alone may have met, and gives the exit code; raises it again where nothing is known."""
+    if isinstance(error, InputError):
+        return _tell(str(error), BAD_INPUT)
+    if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):  # exceptions of many libraries
         where = getattr(error, "filename", None) or "output"
-        print(f"jaxopd: {where}: found no free disk space, expected room for it", file=sys.stderr)
-        return 2
-    return 0
+        return _tell(f"{where}: found no free disk space, expected room for it", BAD_INPUT)
+    if not distributed.several():
+        raise error
+    traceback.print_exception(error)
+    if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(error):
+        return 1
+    return _tell(f"found no answer from another process of this run, expected all of them alive; {again}", LOST_PROCESS)
+
+
+def _tell(sentence: str, code: int, by_all: bool = False) -> int:
+    """Prints a sentence, once where all processes have the same one to tell, and gives the exit code."""
+    if distributed.is_first():
+        print(f"jaxopd: {sentence}", file=sys.stderr)
+    elif not by_all:
+        print(f"jaxopd: process {jax.process_index()}: {sentence}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

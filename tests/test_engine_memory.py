@@ -1,5 +1,7 @@
 """The memory plan against what is held, running out of memory, prefill in blocks, and the compile budget."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from jaxopd.models import QwenConfig, init_model
 from jaxopd.models.sharding import data_mesh
 from jaxopd.rollouts import Engine, Requests, Sampling, decode, wave
+from jaxopd.rollouts.plan import device_budget
 from jaxopd.rollouts.suffix import PAGE, RING
 
 CONFIG = QwenConfig(97, 48, 96, 2, 4, 2, 16, max_positions=512, initializer_range=0.15)
@@ -129,3 +132,19 @@ def test_the_compile_budget(model, trunks, compiled) -> None:
     engine.run(trunks[:1], Requests.continuations(trunks[:1], 8), Sampling(2 * RING, seed=0))
     pages = 2 * RING // PAGE - RING // PAGE + 1  # a slot's most: the blocks the ring no longer holds
     assert 3 <= sum("decode_block" in name for name in compiled) <= 3 + int(np.ceil(np.log2(pages)))
+
+
+class Accelerator:
+    """A device that tells what it has and holds."""
+
+    def __init__(self, limit: int, held: int):
+        self.stats = {"bytes_limit": limit, "bytes_in_use": held}
+
+    def memory_stats(self) -> dict[str, int]:
+        return self.stats
+
+
+@pytest.mark.parametrize(("counted", "left"), [(0, 0.9 * 300 - 70), (50, 0.9 * 300 - 20), (90, 0.9 * 300)])
+def test_the_budget_leaves_out_what_others_hold(counted, left) -> None:
+    mesh = SimpleNamespace(local_devices=[Accelerator(200, 30), Accelerator(100, 40)])
+    assert device_budget(mesh, counted) == left

@@ -47,10 +47,10 @@ def test_as_the_storage_reports_it(refused, inputs, tmp_path, capsys, monkeypatc
         def __init__(self, store):
             self.store = store
 
-        def write(self, key, value):
+        def write(self, key, value, **condition):
             if key.startswith(refused):
                 raise ValueError(NO_SPACE)
-            return self.store.write(key, value)
+            return self.store.write(key, value, **condition)
 
         def __getattr__(self, name):
             return getattr(self.store, name)

@@ -8,11 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Lowest first; a module may import from its own layer's package and from lower layers.
 LAYERS = [
-    {"errors", "types", "jaxopd_kernels"},
+    {"errors", "types", "confined", "distributed", "jaxopd_kernels"},
     {"tasks", "models"},
     {"rollouts", "scoring", "responses", "tree", "gradients"},
-    {"alignment", "analysis", "runs"},
-    {"diagnose", "lab", "truth", "train", "toy", "report"},
+    {"alignment", "analysis", "runs", "claims"},
+    {"diagnose", "lab", "truth", "train", "toy", "report", "plan"},
     {"verbs"},
     {"cli"},
 ]

@@ -96,6 +96,7 @@ def test_top_k_of_verl():
 MILES = {  # (P, Q) at the candidates, whose sum in the objective is given
     ("student", "student"): ([[0.6, 0.4], [0.7, 0.3]], [[0.3, 0.7], [0.4, 0.6]], [0.192041993, 0.183786897]),
     ("overlap", "uniform"): ([[0.4], [0.7]], [[0.5], [0.8]], [-0.223143551, -0.133531393]),
+    ("non_overlap", "uniform"): ([[0.6, 0.2], [0.3, 0.1]], [[0.3, 0.5], [0.6, 0.2]], [-0.223143551, -1.386294361]),
     ("teacher", "teacher"): ([[0.4, 0.2], [0.7, 0.1]], [[0.5, 0.5], [0.8, 0.2]], None),
 }
 
@@ -103,7 +104,7 @@ MILES = {  # (P, Q) at the candidates, whose sum in the objective is given
 @pytest.mark.parametrize(("support", "weighting"), MILES)
 def test_top_k_of_miles(support, weighting):
     p, q, expected = MILES[support, weighting]
-    objective = make_objective(thunlp("student", weighting))
+    objective = make_objective(thunlp(support, weighting))
     found = jax.vmap(lambda x: position_loss(objective, x))(Position.create(np.log(p), np.log(q)))
     if expected is not None:
         assert_allclose(found, expected, atol=1e-9)
@@ -125,12 +126,14 @@ def test_distillation_added_to_a_task_advantage_of_slime():
     log_p, log_q, advantage = np.array([0.0, 1.0]), np.zeros(2), np.array([2.0, 2.0])
     assert_allclose(advantage + 0.5 * (log_q - log_p), [2, 1.5])
 
-    def loss(x):
-        return jnp.sum(clipped_surrogate(x[:, None], log_p[:, None], advantage[:, None])) + 0.5 * jnp.sum(
-            clipped_surrogate(x[:, None], log_p[:, None], (log_q - log_p)[:, None])
-        )
+    def loss(x, advantage, reverse_kl, coefficient):
+        parts = (clipped_surrogate(x[:, None], log_p[:, None], a[:, None]) for a in (advantage, -reverse_kl))
+        task, distillation = map(jnp.sum, parts)
+        return task + coefficient * distillation
 
-    assert_allclose(jax.grad(loss)(jnp.asarray(log_p)), [-2, -1.5])
+    assert_allclose(jax.grad(loss)(jnp.asarray(log_p), advantage, log_p - log_q, 0.5), [-2, -1.5])
+    precomputed = np.array([0.4, -0.2])
+    assert_allclose(jax.grad(loss)(jnp.asarray(log_p), np.zeros(2), precomputed, 0.25), [0.1, -0.05])
 
 
 def test_reward_extrapolation():

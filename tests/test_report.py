@@ -230,7 +230,7 @@ def test_bad_runs_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nodes\.parquet: found no column 'success_range'"):
         write_report(run)
     nodes.write_bytes(b"not parquet")
-    with pytest.raises(InputError, match=r"nodes\.parquet: found an unreadable table"):
+    with pytest.raises(InputError, match=r"nodes\.parquet: found no valid parquet"):
         write_report(run)
     (run / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json: found no valid JSON"):

@@ -3,21 +3,27 @@
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
+import pandas as pd
 import pytest
+from numpy.testing import assert_allclose
 
 from jaxopd import toy
 from jaxopd.errors import InputError
 from jaxopd.models import chat_tokens, load_model, load_tokenizer
 from jaxopd.rollouts import rollout
+from jaxopd.runs import RunFolder
 from jaxopd.tasks import find_task
 from jaxopd.tasks.demonstrations import Demonstration, save_demonstrations
-from jaxopd.train.config import TrainConfig
+from jaxopd.train.config import GateConfig, TrainConfig
 from jaxopd.train.corpus import CorpusConfig, load_corpus, write_corpus
 from jaxopd.train.evaluate import EvalConfig, evaluate, summary
+from jaxopd.train.gates import AlignmentTable, gate_weights
 from jaxopd.train.loop import Trainer
 from jaxopd.train.objectives import ObjectiveConfig
 from jaxopd.train.preflight import preflight
+from jaxopd.train.targets import make_targets, reduced
 
 pytestmark = pytest.mark.slow  # minutes in all: they train
 
@@ -163,3 +169,47 @@ def test_evaluation_counts_what_was_graded():
     assert found["pass@1"] == pytest.approx(found["avg"])
     assert found["pass@4"] == pytest.approx((table["correct"] > 0).mean())
     assert found["avg"] > 0.7
+
+
+def test_a_gate_is_the_loss_of_the_tokens_it_keeps(tmp_path):
+    """The gradient on incorrect responses alone is that of a batch from which the correct ones were taken out."""
+    config = replace(BASE, objective=ObjectiveConfig("full"), gate=GateConfig(incorrect_only=True), rollouts=4)
+    trainer = Trainer(config, tmp_path / "gated", quiet)
+    batch = trainer.collect.draw(trainer.params, 0)
+
+    def gradient(batch, gate: GateConfig):
+        scored, updates = trainer.collect.score(trainer.params, batch)
+        targets = make_targets(config, batch, scored, gate_weights(gate, batch, scored))
+        rows = np.arange(len(batch.question))
+        return trainer.gradients(updates[0], reduced(config, targets, rows))[1]
+
+    wrong = batch.correct != 1
+    assert 0 < wrong.sum() < len(wrong)
+    fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    kept = replace(batch, **{name: array[wrong] for name, array in fields.items()})
+    for a, b in zip(*(jax.tree.leaves(g) for g in (gradient(batch, config.gate), gradient(kept, GateConfig())))):
+        assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()) + 1e-8)
+
+
+def test_a_diagnosis_weighs_by_the_teacher_that_trains(tmp_path):
+    """Of two diagnosed teachers, one aligned on wrong paths and one on right ones, the run's own is heard."""
+    nodes = pd.DataFrame({"path_correct": np.arange(400) % 2 == 0, "estimator": "bellman", "success_range": 0.2})
+    nodes["reverse_kl"], nodes["entropy_student"] = np.random.default_rng(0).uniform(size=(2, 400))
+    sides = {"T2": ~nodes["path_correct"], "T3": nodes["path_correct"]}
+    parts = [nodes.assign(teacher=name, align_reverse_kl=np.where(on, 1.0, -1.0)) for name, on in sides.items()]
+    run = RunFolder.create(str(tmp_path / "diagnosis"), {"student": S, "teacher": [*BASE.teacher, "T9=other"]})
+    run.write_table("records/nodes.parquet", pd.concat(parts))
+    config = replace(BASE, objective=ObjectiveConfig("full"), gate=GateConfig(diagnosis=run.path), rollouts=4)
+    trainer = Trainer(config, tmp_path / "run", quiet)
+    batch = trainer.collect.draw(trainer.params, 0)
+    scored, _ = trainer.collect.score(trainer.params, batch)
+    weights = gate_weights(config.gate, batch, scored, trainer.table)
+    wrong = (batch.correct != 1)[:, None] & scored.mask
+    assert (weights[wrong] > 0).all()
+    assert (weights[~wrong] == 0).all()
+    with pytest.raises(InputError, match="found no decision node of teacher T9"):
+        AlignmentTable.of_run(run.path, S, ["T9=other"])
+    with pytest.raises(InputError, match=r"found a diagnosis of the teachers T2=.*, expected T2=other among them"):
+        AlignmentTable.of_run(run.path, S, ["T2=other"])
+    with pytest.raises(InputError, match=r"found a diagnosis of .*S, expected one of other"):
+        AlignmentTable.of_run(run.path, "other", BASE.teacher)

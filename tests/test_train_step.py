@@ -11,6 +11,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxopd.models import QwenConfig, init_model, logits
+from jaxopd.models.attention import causal_attention
 from jaxopd.models.sharding import data_mesh
 from jaxopd.train import vocabulary
 from jaxopd.train.batch import Batch, Sequences, taken
@@ -56,6 +57,20 @@ def test_response_states_predict_the_responses_tokens():
         alone = logits(model, np.array([whole]))[0, len(prompt) - 1 : -1]
         found = states[row, : len(alone)] @ model.head().T
         assert_allclose(found, alone, atol=1e-4)
+
+
+def test_attention_in_blocks_has_the_gradients_of_the_whole():
+    """21 positions in blocks of 8: the last block is partly filled, and one row is padded."""
+    rng = np.random.default_rng(0)
+    shapes = (2, 21, 4, 8), (2, 21, 2, 8), (2, 21, 2, 8), (2, 21, 4, 8)
+    *qkv, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    mask = jnp.arange(21)[None] < jnp.array([21, 13])[:, None]
+
+    def gradients(block):
+        return jax.grad(lambda *x: jnp.vdot(cotangent, causal_attention(*x, mask, block=block)), (0, 1, 2))(*qkv)
+
+    for whole, blocks in zip(gradients(21), gradients(8), strict=True):
+        assert_allclose(blocks, whole, atol=5e-6)
 
 
 @pytest.mark.parametrize("name", ["full", "topk_paper", "topk_thunlp", "sft"])

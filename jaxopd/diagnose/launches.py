@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from jaxopd.diagnose.nodes import path_tree, representative_paths, student_log_probs, teacher_scores
 from jaxopd.diagnose.session import Session
+from jaxopd.distributed import decided
 from jaxopd.gradients import logit_gradient
 from jaxopd.rollouts import Requests
 from jaxopd.tree import (
@@ -93,9 +94,12 @@ def launch(
 
     `spread` numbers choose the rollouts' first tokens, in the order of the targets.
     """
-    prompt, number = session.prompts[index], targets.number
+    prompt = session.prompts[index]
     limit = min(session.config.max_tokens, session.student.config.max_positions - len(prompt))
-    path, depth, token = (np.repeat(x, number) for x in (targets.path, targets.depth, targets.token))
+    # Tokens and numbers may rest on probabilities that another process's devices round otherwise.
+    chosen = decided(lambda: [x.tolist() for x in (targets.path, targets.depth, targets.token, targets.number)])
+    *columns, number = (np.array(column, np.int64) for column in chosen)
+    path, depth, token = (np.repeat(column, number) for column in columns)
     tokens = token[:, None].astype(np.int32)
     # After a forced stop token, or one at the limit, there is nothing to sample.
     alive = np.flatnonzero(~np.isin(token, session.stop_ids) & (depth + 1 < limit))

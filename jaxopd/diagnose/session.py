@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxopd import distributed
+from jaxopd.claims import Claims
 from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.errors import InputError
 from jaxopd.models import Qwen, chat_tokens, check_model, check_vocabulary, load_model, load_tokenizer, stop_token_ids
@@ -26,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 SAMPLED_BYTES = 1 << 20  # of each end of a model's file: reading 60 GB to resume would take minutes
+WAIT_SECONDS = 1.0  # between looks at the pieces of other jobs
 KEPT = 256  # results of `per_question` functions a session holds
 
 
@@ -84,6 +88,7 @@ class Session:
         facts = json.loads(json.dumps(dataclasses.asdict(config)))  # as it will be read: tuples are lists
         defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
         self.run = RunFolder.create(out, facts | {"input_digest": self._input_digest()}, defaults)
+        self.claims = Claims(self.run)
 
     def _rivals(self) -> tuple[int, int] | None:
         """The places of the two teachers to be told apart."""
@@ -143,13 +148,17 @@ class Session:
 
     def grades(self, responses: np.ndarray, gold: str) -> np.ndarray:
         """Grades whole responses [G, S]: 1 correct, 0 wrong, -1 no answer found."""
+        # Graders have time limits, so one process grades for all.
+        return np.array(distributed.decided(lambda: self._grades(responses, gold)), np.int8)
+
+    def _grades(self, responses: np.ndarray, gold: str) -> list[int]:
         answers: dict[str, bool | None] = {}
-        graded = np.empty(len(responses), np.int8)
-        for row, tokens in enumerate(responses):
+        graded = []
+        for tokens in responses:
             text = self.text(tokens)
             if text not in answers:
                 answers[text] = self.task.grade(text, gold)
-            graded[row] = -1 if answers[text] is None else int(answers[text])
+            graded.append(-1 if answers[text] is None else int(answers[text]))
         return graded
 
     def seed(self, stage: str, index: int) -> int:
@@ -159,11 +168,27 @@ class Session:
         return Sampling(self.config.max_tokens, stop_ids=self.stop_ids, seed=self.seed(stage, index), **options)
 
     def pieces(self, stage: str, indices: Iterable[int] | None = None) -> Iterator[tuple[int, str]]:
-        """Yields the questions of a stage that are not done yet, with their pieces' names."""
-        chosen = list(range(len(self.questions)) if indices is None else indices)
-        for done, index in enumerate(chosen):
-            self.progress(stage, done, len(chosen))
-            piece = f"{stage}/{index:05d}"
-            if not self.run.done(piece):
-                yield index, piece
-        self.progress(stage, len(chosen), len(chosen))
+        """Yields the questions of a stage that are ours to do, with their pieces' names; ends when all are done.
+
+        Those that other jobs work on are waited for, and yielded if such a job dies.
+        """
+        pending = list(range(len(self.questions)) if indices is None else indices)
+        total, finished = len(pending), 0
+        while pending:
+            theirs = []
+            for index in pending:
+                distributed.stop_if_preempted()
+                self.progress(stage, finished, total)
+                piece = f"{stage}/{index:05d}"
+                state = self.claims.ask(piece)
+                if state == "theirs":
+                    theirs.append(index)
+                    continue
+                if state == "ours":
+                    with self.claims.working(piece):
+                        yield index, piece
+                finished += 1
+            if len(theirs) == len(pending):
+                time.sleep(WAIT_SECONDS)
+            pending = theirs
+        self.progress(stage, total, total)

@@ -1,9 +1,14 @@
 """Attention of whole sequences and of blocks over a cache, and the merge of attention over disjoint keys."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxopd_kernels import NO_KEYS, Part, cache_attention
 from jaxtyping import Array, Bool, Float
+
+BLOCK = 512  # queries of a sequence that `causal_attention` takes at a time
 
 
 def masked_attention(
@@ -38,28 +43,59 @@ def causal_attention(
     v: Float[Array, "B T K h"],
     mask: Bool[Array, "B T"],
     *,
-    block: int = 512,
+    block: int = BLOCK,
 ) -> Float[Array, "B T H h"]:
     """Attends each position to the unmasked positions up to itself, `block` queries at a time.
 
-    Scores take B H block T floats instead of B H T^2.
+    Scores take B H block T floats instead of B H T^2, in the backward pass too, which computes a block's again.
     """
-    B, T, H, h = q.shape
-    columns = jnp.arange(T)
+    T = q.shape[1]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-
-    def attend(q_block: Array, rows: Array) -> Array:
-        causal = rows[:, None] >= columns[None, :]
-        return cache_attention(q_block, k, v, causal[None] & mask[:, None, :])[0]
-
     if block >= T:
-        return attend(q, columns)
-    blocks = -(-T // block)
-    q_blocks = jnp.pad(q, ((0, 0), (0, blocks * block - T), (0, 0), (0, 0)))
-    q_blocks = q_blocks.reshape(B, blocks, block, H, h).swapaxes(0, 1)
-    rows = jnp.arange(blocks * block).reshape(blocks, block)
-    out = lax.map(lambda pair: attend(*pair), (q_blocks, rows))
-    return out.swapaxes(0, 1).reshape(B, blocks * block, H, h)[:, :T]
+        return _attend(q, k, v, mask, jnp.zeros((), jnp.int32))
+    whole: Array = _by_blocks(block, jnp.pad(q, ((0, 0), (0, -T % block), (0, 0), (0, 0))), k, v, mask)
+    return whole[:, :T]
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array, first: Array) -> Array:
+    """Attends queries at positions first, first + 1, ... to the unmasked keys up to themselves."""
+    causal = (first + jnp.arange(q.shape[1]))[:, None] >= jnp.arange(k.shape[2])[None]
+    return cache_attention(q, k, v, causal[None] & mask[:, None])[0]
+
+
+def _part(x: Array, i: Array, block: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, i * block, block, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_blocks(block: int, q: Array, k: Array, v: Array, mask: Array) -> Array:
+    # Loops start from arrays at hand, whatever they hold: a compiler would make the zeros of all layers' loops at once.
+    def visit(i: Array, out: Array) -> Array:
+        new = _attend(_part(q, i, block), k, v, mask, i * block)
+        return lax.dynamic_update_slice_in_dim(out, new, i * block, 1)
+
+    return lax.fori_loop(0, q.shape[1] // block, visit, q.astype(jnp.float32))
+
+
+def _by_blocks_forward(block: int, *given: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _by_blocks(block, *given), given
+
+
+def _by_blocks_backward(block: int, given: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+    q, k, v, mask = given
+
+    def visit(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        pullback = jax.vjp(lambda *qkv: _attend(*qkv, mask, i * block), _part(q, i, block), k, v)[1]
+        dq, *dkv = pullback(_part(cotangent, i, block))
+        sums = (jnp.where(i > 0, old, 0.0) + new.astype(jnp.float32) for old, new in zip(so_far[1:], dkv, strict=True))
+        return lax.dynamic_update_slice_in_dim(so_far[0], dq, i * block, 1), *sums
+
+    start = cotangent.astype(q.dtype), k.astype(jnp.float32), v.astype(jnp.float32)
+    dq, dk, dv = lax.fori_loop(0, q.shape[1] // block, visit, start)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
 
 
 def prefix_attention(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,19 @@ import numpy as np
 from jaxopd.errors import InputError
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# Larger numbers are a broken file: a module's shapes are traced layer by layer, whatever a config claims.
+LARGEST_VOCABULARY = 1 << 24
+LARGEST = {
+    "vocab_size": LARGEST_VOCABULARY,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 8,
+    "num_attention_heads": 1 << 10,
+    "num_key_value_heads": 1 << 10,
+    "head_dim": 1 << 12,
+}
+LARGEST_POSITION = (1 << 31) - 1  # positions are int32
+LARGEST_NUMBER = 1e30  # float32 arithmetic has room above it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +75,13 @@ class QwenConfig:
         model_type = raw.get("model_type")
         if model_type not in list(ARCHITECTURES):
             raise InputError(
-                f"{path}: field model_type: found {model_type!r}, expected one of {', '.join(ARCHITECTURES)}"
+                f"{path}: field model_type: found {shown(model_type)}, expected one of {', '.join(ARCHITECTURES)}"
             )
         for name, expected in (("use_sliding_window", False), ("attention_bias", False), ("hidden_act", "silu")):
             if raw.get(name, expected) != expected:
-                raise InputError(f"{path}: field {name}: found {raw[name]!r}, expected {expected!r} (not supported)")
+                raise InputError(
+                    f"{path}: field {name}: found {shown(raw[name])}, expected {expected!r} (not supported)"
+                )
 
         def integer(name: str) -> int:
             return _positive_integer(path, name, raw.get(name))
@@ -75,7 +91,7 @@ class QwenConfig:
         )
         kv_heads = integer("num_key_value_heads")
         head_dim = integer("head_dim") if raw.get("head_dim") is not None else hidden // heads
-        if heads % kv_heads or head_dim % 2:
+        if heads % kv_heads or head_dim < 2 or head_dim % 2:
             raise InputError(
                 f"{path}: found {heads} attention heads, {kv_heads} key-value heads and head_dim {head_dim}, "
                 "expected a whole number of query heads per key-value head and an even head_dim"
@@ -97,7 +113,19 @@ class QwenConfig:
             yarn=yarn,
             initializer_range=_positive(path, "initializer_range", raw.get("initializer_range", 0.02)),
             eos_token_ids=_eos_token_ids(path, raw),
-        )
+        )._checked(path)
+
+    def _checked(self, path: Path) -> "QwenConfig":
+        """Gives itself, or InputError where its rotary frequencies are no finite numbers."""
+        try:
+            with np.errstate(all="ignore"):
+                finite = np.isfinite(self.inverse_frequencies()[0]).all()
+        except (ArithmeticError, ValueError):
+            finite = False
+        if not finite:
+            found = f"rope_theta {self.rope_theta} and {shown(self.yarn)}"
+            raise InputError(f"{path}: field rope_parameters: found {found}, expected finite frequencies")
+        return self
 
     def to_json(self, dtype: str) -> dict[str, Any]:
         """Gives the config.json of this model in the style of transformers 5."""
@@ -157,15 +185,20 @@ class QwenConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises InputError when the file is missing or is not one."""
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: found no such file, expected a JSON file there")
     try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: found no such file, expected a JSON file there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: found no valid JSON ({error}), expected a JSON object") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: found a {type(raw).__name__}, expected a JSON object")
     return raw
+
+
+def shown(value: Any) -> str:
+    """Renders what a file holds in a few characters, however long or nested it is."""
+    return reprlib.repr(value)
 
 
 def _rotary(path: Path, raw: dict[str, Any], max_positions: int) -> tuple[float, Yarn | None]:
@@ -174,14 +207,14 @@ def _rotary(path: Path, raw: dict[str, Any], max_positions: int) -> tuple[float,
     for name in ("rope_scaling", "rope_parameters"):
         value = raw.get(name) or {}
         if not isinstance(value, dict):
-            raise InputError(f"{path}: field {name}: found {value!r}, expected an object")
+            raise InputError(f"{path}: field {name}: found {shown(value)}, expected an object")
         rope |= value
     theta = _positive(path, "rope_theta", rope.get("rope_theta", raw.get("rope_theta")))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        raise InputError(f"{path}: field rope_type: found {kind!r}, expected 'default' or 'yarn'")
+        raise InputError(f"{path}: field rope_type: found {shown(kind)}, expected 'default' or 'yarn'")
 
     def number(name: str, default: float | None = None) -> float:
         return _positive(path, name, default if rope.get(name) is None else rope[name])
@@ -200,14 +233,15 @@ def _rotary(path: Path, raw: dict[str, Any], max_positions: int) -> tuple[float,
 
 
 def _positive(path: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"{path}: field {name}: found {value!r}, expected a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
+        raise InputError(f"{path}: field {name}: found {shown(value)}, expected a positive number")
     return float(value)
 
 
 def _positive_integer(path: Path, name: str, value: Any) -> int:
-    if type(value) is not int or value <= 0:
-        raise InputError(f"{path}: field {name}: found {value!r}, expected a positive integer")
+    largest = LARGEST.get(name, LARGEST_POSITION)
+    if type(value) is not int or not 0 < value <= largest:
+        raise InputError(f"{path}: field {name}: found {shown(value)}, expected a positive integer up to {largest}")
     return value
 
 
@@ -217,6 +251,6 @@ def _eos_token_ids(path: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     found = read_json(generation).get("eos_token_id") if generation.exists() else None
     found = raw.get("eos_token_id") if found is None else found
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if any(type(i) is not int or i < 0 for i in ids):
-        raise InputError(f"{path}: field eos_token_id: found {found!r}, expected token ids")
+    if any(type(i) is not int or not 0 <= i < LARGEST_VOCABULARY for i in ids):
+        raise InputError(f"{path}: field eos_token_id: found {shown(found)}, expected token ids")
     return tuple(ids)

@@ -5,6 +5,6 @@ from jax.sharding import AxisType
 
 
 def data_mesh(devices: int | None = None) -> jax.sharding.Mesh:
-    """Makes a one-axis mesh, "data", over the first `devices` local devices; None: over all of them."""
-    local = jax.local_devices()[:devices]
-    return jax.make_mesh((len(local),), ("data",), axis_types=(AxisType.Auto,), devices=local)
+    """Makes a one-axis mesh, "data", over the first `devices` devices; None: over all, of every process."""
+    chosen = jax.devices()[:devices]
+    return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)

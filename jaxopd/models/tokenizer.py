@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
+from jaxopd.confined import Confined
 from jaxopd.errors import InputError
-from jaxopd.models.config import QwenConfig
+from jaxopd.models.config import LARGEST_VOCABULARY, QwenConfig
 from jaxopd.models.weights import resolve
+
+CHAT = Confined(Path(__file__).with_name("chat_worker.py"))
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -16,17 +18,23 @@ def load_tokenizer(path: str | Path) -> Any:
     folder = resolve(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError or the Rust tokenizer's own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers raises OSError, ValueError, KeyError; a panic in Rust is no Exception
+        reason = _reason(error)
         raise InputError(f"{folder}: found no readable tokenizer ({reason}), expected tokenizer.json") from None
+    if largest >= LARGEST_VOCABULARY:
+        raise InputError(f"{folder}: found token id {largest}, expected ids under {LARGEST_VOCABULARY}")
     return tokenizer
 
 
 def check_vocabulary(tokenizer: Any, config: QwenConfig, path: str | Path) -> None:
     """Raises InputError when the tokenizer can produce ids that the model does not have."""
-    if len(tokenizer) > config.vocab_size:
+    count = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+    if count > config.vocab_size:
         raise InputError(
-            f"{path}: found a tokenizer of {len(tokenizer)} tokens, expected at most the model's {config.vocab_size}"
+            f"{path}: found a tokenizer of {count} tokens, expected at most the model's {config.vocab_size}"
         )
 
 
@@ -36,16 +44,36 @@ def chat_tokens(tokenizer: Any, message: str, *, thinking: bool | None = None) -
     `thinking` None leaves the template's own default; True and False set `enable_thinking`. Raises InputError
     where the tokenizer has no template that can be filled.
     """
-    options = {} if thinking is None else {"enable_thinking": thinking}
-    messages = [{"role": "user", "content": message}]
+    text = _filled_template(tokenizer, message, {} if thinking is None else {"enable_thinking": thinking})
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    except (ValueError, TemplateError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as in `load_tokenizer`
+        found = f"a message of {len(message)} characters that it cannot read ({_reason(error)})"
+        raise InputError(f"{tokenizer.name_or_path}: found {found}, expected text") from None
+
+
+def _filled_template(tokenizer: Any, message: str, options: dict[str, bool]) -> str:
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        filled = {"error": _reason(error)}
+    else:
+        variables = tokenizer.special_tokens_map | options
+        messages = [{"role": "user", "content": message}]
+        filled = CHAT.ask({"template": template, "messages": messages, "variables": variables})
+        filled = {"error": "it used up its time or memory"} if filled is None else filled
+    if "error" in filled:
         raise InputError(
-            f"{tokenizer.name_or_path}: found no usable chat template ({reason}), expected one with the tokenizer"
-        ) from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            f"{tokenizer.name_or_path}: found no usable chat template ({filled['error']}), "
+            "expected one with the tokenizer"
+        )
+    return filled["text"]
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def stop_token_ids(tokenizer: Any, config: QwenConfig) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from jaxopd.errors import InputError
-from jaxopd.models.config import QwenConfig, read_json
+from jaxopd.models.config import QwenConfig, read_json, shown
 from jaxopd.models.qwen import Qwen
 
 DTYPES = ("float32", "bfloat16")
@@ -71,8 +71,10 @@ def load_checkpoint(path: str | Path) -> Qwen:
     """Loads a model that `save_checkpoint` wrote. Raises InputError when the folder holds none."""
     path = Path(path).absolute()
     config = QwenConfig.from_json(path / "config.json")
-    dtype = jnp.dtype(read_json(path / "config.json").get("dtype", "float32"))
-    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config, dtype, nnx.Rngs(0))))
+    dtype = read_json(path / "config.json").get("dtype", "float32")
+    if dtype not in DTYPES:
+        raise InputError(f"{path / 'config.json'}: field dtype: found {shown(dtype)}, expected {' or '.join(DTYPES)}")
+    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0))))
     if not (path / "state").exists():
         raise InputError(f"{path / 'state'}: found no such folder, expected an orbax checkpoint there")
     with ocp.StandardCheckpointer() as checkpointer:
@@ -108,9 +110,12 @@ def _plan(path: str | Path, dtype: str) -> tuple[nnx.GraphDef, nnx.State, dict[s
     """Gives the module without arrays, the shape of each tensor and the file that holds it."""
     folder = resolve(path)
     config = QwenConfig.from_json(folder / "config.json")
+    files = _locate(folder)
+    last = f"model.layers.{config.num_layers - 1}.self_attn.q_proj.weight"
+    if last not in files:  # known before a module of as many layers as a config may claim is traced
+        raise InputError(f"{folder}: found no tensor {last}, expected it for this config.json")
     graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0))))
     wanted = {hf_name(p): v for p, v in nnx.to_flat_state(state)}
-    files = _locate(folder)
     _check_tensors(folder, files, wanted)
     return graph, state, wanted, files
 
@@ -120,9 +125,12 @@ def _locate(folder: Path) -> dict[str, Path]:
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise InputError(f"{folder / INDEX}: field weight_map: found {weight_map!r}, expected an object")
+            raise InputError(f"{folder / INDEX}: field weight_map: found {shown(weight_map)}, expected an object")
+        wrong = [shard for shard in weight_map.values() if not isinstance(shard, str)]
+        if wrong:
+            raise InputError(f"{folder / INDEX}: field weight_map: found {shown(wrong[0])}, expected file names")
         # A shard is a file of this folder, never a path that leads elsewhere.
-        files = {str(name): folder / Path(str(shard)).name for name, shard in weight_map.items()}
+        files = {name: folder / Path(shard).name for name, shard in weight_map.items()}
     else:
         file = folder / "model.safetensors"
         with _open(file) as opened:
@@ -151,8 +159,8 @@ def _check_tensors(folder: Path, files: dict[str, Path], wanted: dict[str, Any])
 
 def _open(file: Path) -> Any:
     try:
-        return safe_open(file, "numpy")
-    except FileNotFoundError:
-        raise InputError(f"{file}: found no such file, expected safetensors weights there") from None
-    except (SafetensorError, OSError) as error:
+        if file.is_file():  # a pipe would be waited for
+            return safe_open(file, "numpy")
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file}: found no valid safetensors file ({error}), expected a complete one") from None
+    raise InputError(f"{file}: found no such file, expected safetensors weights there")

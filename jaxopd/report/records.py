@@ -128,12 +128,7 @@ def read_records(run_dir: str | Path) -> Records:
 
 
 def _read_table(run: RunFolder, key: str, columns: list[str]) -> pd.DataFrame:
-    try:
-        frame = run.read_table(key)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-        raise InputError(f"{run.path}/{key}: found an unreadable table ({error}), expected parquet") from None
+    frame = run.read_table(key)
     missing = [c for c in columns if c not in frame.columns]
     if missing and len(frame):
         raise InputError(f"{run.path}/{key}: found no column {missing[0]!r}, expected {', '.join(columns)}")

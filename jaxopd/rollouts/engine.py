@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from jaxopd.distributed import place, several, stop_if_preempted
 from jaxopd.errors import InputError
 from jaxopd.models.qwen import Qwen
 from jaxopd.models.sharding import data_mesh
@@ -26,6 +27,7 @@ from jaxopd.rollouts.layout import Layout
 from jaxopd.rollouts.plan import MemoryPlan, plan_memory
 from jaxopd.rollouts.sampling import Sampling
 from jaxopd.rollouts.wave import Drawn, Requests, Wave
+from jaxopd.types import bucket
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Rollouts:
 
 
 class Engine:
-    """Runs requests on `model` with up to `slots` sequences in flight, sharded over all local devices.
+    """Runs requests on `model` with up to `slots` sequences in flight, sharded over all devices.
 
     A memory plan made before each run says how many of the slots are used; it is logged. Where the device runs out of
     memory all the same, the requests not yet answered start again with half the slots and give the same tokens.
@@ -64,26 +66,31 @@ class Engine:
         self.slots, self.budget, self.attention = slots, budget, attention
         # Split once: walking the module at each call would cost more than a step of a small model.
         self.graph, state = nnx.split(model)
-        self.state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        self.state = place(state, NamedSharding(self.mesh, PartitionSpec()))
         self.weights = self.mesh.size * sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
 
     def run(self, trunks: Sequence[Sequence[int] | np.ndarray], requests: Requests, sampling: Sampling) -> Rollouts:
         """Answers every request. Raises InputError on a trunk, cut or token outside the model's range."""
         trunks = [np.asarray(trunk, np.int32) for trunk in trunks]
         self._check(trunks, requests)
-        R, S = len(requests), sampling.max_tokens
-        tokens, finish, length = np.full((R, S), -1, np.int32), np.full(R, -1, np.int8), np.zeros(R, np.int32)
-        raw, sampled = np.zeros((R, S), np.float32), np.zeros((R, S), np.float32)
-        slots = self.slots
+        R, slots = len(requests), self.slots
+        finish, length = np.full(R, -1, np.int8), np.zeros(R, np.int32)
+        tokens, raw, sampled = np.zeros((R, 0), np.int32), np.zeros((R, 0), np.float32), np.zeros((R, 0), np.float32)
         while (finish < 0).any():
             try:
                 for new in self._decode(trunks, requests, np.flatnonzero(finish < 0), sampling, slots):
+                    # Few rollouts are as long as they may be: columns are added as they are needed.
+                    if (needed := int(new.step.max(initial=-1)) + 1) > tokens.shape[1]:
+                        width = min(sampling.max_tokens, bucket(needed))
+                        tokens = _widened(tokens, width, -1)
+                        raw, sampled = _widened(raw, width), _widened(sampled, width)
                     at = new.row, new.step
                     tokens[at], raw[at], sampled[at] = new.token, new.raw_logp, new.sampling_logp
                     ended = new.reason >= 0
                     finish[new.row[ended]], length[new.row[ended]] = new.reason[ended], new.step[ended] + 1
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or slots <= self.mesh.size:
+                # Other processes may not have run out, and would go on with as many slots as before.
+                if "RESOURCE_EXHAUSTED" not in str(error) or slots <= self.mesh.size or several():
                     raise
                 slots = max(self.mesh.size, slots // 2)
                 log.warning("out of device memory: the unanswered requests start again with %d slots", slots)
@@ -162,9 +169,14 @@ class Engine:
         for low in range(0, len(served), plan.groups):
             current, upcoming = upcoming if upcoming is not None else wave(low), None
             for drawn in current.blocks():
+                stop_if_preempted()
                 yield drawn
                 if upcoming is None and not current.waiting and low + plan.groups < len(served):
                     upcoming = wave(low + plan.groups)
+
+
+def _widened(array: np.ndarray, width: int, fill: float = 0) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
 
 
 def rollout(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxopd.distributed import decided
 from jaxopd.models.config import QwenConfig
 from jaxopd.rollouts.decode import decode_bytes, prefill_block, prefill_bytes
 from jaxopd.rollouts.layout import Layout
@@ -63,7 +64,7 @@ def plan_memory(
 
     Slots are halved from `slots` until the total fits `budget` (default: `device_budget`), or one a device is left.
     """
-    budget = device_budget(mesh) if budget is None else budget
+    budget = device_budget(mesh, weights) if budget is None else budget
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
     L = trunk_bucket(trunk_length)
     while True:
@@ -86,9 +87,17 @@ def groups_of_slots(trunks: int, most: int, slots: int, devices: int) -> tuple[i
     return (1, -(-B // devices) * devices) if N == 1 else (-(-N // devices) * devices, B)
 
 
-def device_budget(mesh: jax.sharding.Mesh) -> int:
-    """Gives the bytes this run may use: USABLE of what the devices report, or of the free memory of a CPU's machine."""
+def device_budget(mesh: jax.sharding.Mesh, counted: int = 0) -> int:
+    """Gives the bytes a plan may use: USABLE of what devices report, or of the free memory of a CPU's machine.
+
+    What devices hold already is taken off, but for the `counted` bytes that the plan itself counts.
+    """
+    return jax.process_count() * decided(lambda: _local_budget(mesh, counted // jax.process_count()))
+
+
+def _local_budget(mesh: jax.sharding.Mesh, counted: int) -> int:
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     if all("bytes_limit" in s for s in stats):
-        return int(USABLE * sum(s["bytes_limit"] for s in stats))
+        held = sum(s.get("bytes_in_use", 0) for s in stats)
+        return int(USABLE * sum(s["bytes_limit"] for s in stats)) - max(0, held - counted)
     return int(USABLE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

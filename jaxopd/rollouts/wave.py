@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from jaxopd.distributed import fetch, place
 from jaxopd.models.config import QwenConfig
 from jaxopd.rollouts.decode import Queue, Slots, Trunks, decode_block, fill, prefill
 from jaxopd.rollouts.layout import Layout
@@ -79,11 +79,11 @@ class Wave:
         for group, trunk in enumerate(trunks):
             tokens[group, : len(trunk)] = trunk
         by_group, by_slot = layout.sharding(layout.groups_axis), layout.sharding(layout.slots_axes)
-        self.trunks = prefill(graph, state, jax.device_put(tokens, by_group)) if computed is None else computed
-        self.queue = jax.device_put(_queue(config, trunks, rows, requests, sampling, N), by_group)
-        idle = jax.device_put(np.zeros((N, B), np.int32), by_slot)
-        pointer = jax.device_put(np.zeros(N, np.int32), by_group)
-        unspread = None if requests.spread is None else jax.device_put(np.full((N, B), -1.0, np.float32), by_slot)
+        self.trunks = prefill(graph, state, place(tokens, by_group)) if computed is None else computed
+        self.queue = place(_queue(config, trunks, rows, requests, sampling, N), by_group)
+        idle = place(np.zeros((N, B), np.int32), by_slot)
+        pointer = place(np.zeros(N, np.int32), by_group)
+        unspread = None if requests.spread is None else place(np.full((N, B), -1.0, np.float32), by_slot)
         self.slots = fill(self.queue, Slots(idle - 1, idle, idle, idle, pointer, unspread, unspread))
 
     def blocks(self) -> Iterator[Drawn]:
@@ -94,7 +94,7 @@ class Wave:
         while True:
             place = self.trunks, pages, self.queue, ring, self.slots
             ring, self.slots, *out = decode_block(self.graph, self.state, *place, np.int32(now), settings, self.layout)
-            log, active, self.waiting, needed = jax.device_get(out)
+            log, active, self.waiting, needed = fetch(out)
             steps, groups, _ = picked = np.nonzero(log.request >= 0)
             row = np.empty(len(steps), np.int64)
             for group, members in enumerate(self.rows):
@@ -116,7 +116,7 @@ class Wave:
 
     def _pages(self, size: int) -> Pages:
         C, where = self.layout.mesh.size, self.layout.sharding(P("data"))
-        owner, block = (jax.device_put(np.full((C, size), value, np.int32), where) for value in (0, FREE))
+        owner, block = (place(np.full((C, size), value, np.int32), where) for value in (0, FREE))
         return Pages(*self._caches(PAGE, C, size), owner, block)
 
     def _turn(self, pages: Pages, ring: Ring, now: int, needed: int) -> Pages:

@@ -1,27 +1,17 @@
-r"""Is a stated answer equal to the gold one? Exact arithmetic where it suffices, else math-verify in a worker process.
+r"""Is a stated answer equal to the gold one? Exact arithmetic where it suffices, else math-verify, confined.
 
 Most answers are integers, fractions or words, and are settled here at once, without rounding: 0.3333 is not 1/3.
-The rest goes to `equality_worker.py`, a process that the kernel ends when a comparison uses more than its share of
-processor time: a signal handler would wait for ``9^9^9^9`` to finish, and works on the main thread only.
 """
 
-import atexit
-import json
 import re
-import selectors
-import subprocess
-import sys
-import threading
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from jaxopd.confined import Confined
 from jaxopd.tasks.answers import plain, read_truth
 
 LONGEST = 1000  # characters; a longer answer is wrong
-STARTUP_SECONDS = 300
-PATIENCE_SECONDS = 60  # of wall time, on a machine too busy to give the worker its processor time
 INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d{1,300})"
 NUMBER = rf"[+-]?\s?(?:{INTEGER}(?:\.\d{{0,300}})?|\.\d{{1,300}})(?:e[+-]?\d{{1,3}})?(?:\s?/\s?{INTEGER})?"
 FRACTION = re.compile(rf"([+-]?)\s?\\[dt]?frac(?:\{{({INTEGER})\}}\{{({INTEGER})\}}|(\d)(\d))")
@@ -50,7 +40,7 @@ def _same(answer: str, gold: str) -> bool:
         return truths[0] == truths[1]
     if (choice := _same_choice(answer, gold)) is not None:
         return choice
-    return WORKER.compare(answer, gold)
+    return WORKER.ask([gold, answer]) is True
 
 
 def _clean(text: str) -> str:
@@ -82,63 +72,4 @@ def _same_choice(answer: str, gold: str) -> bool | None:
     return None
 
 
-class Worker:
-    """A process that compares expressions one at a time; a comparison that kills it is answered by False."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: Any = None  # a Popen whose pipes are always open
-
-    def compare(self, answer: str, gold: str) -> bool:
-        """Return math-verify's verdict; False where it runs out of processor time or memory.
-
-        Raises:
-            RuntimeError: math-verify cannot be loaded.
-        """
-        with self._lock:
-            self._start()
-            reply = b""
-            try:
-                self._process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-                reply = self._reply(PATIENCE_SECONDS)
-            except BrokenPipeError:
-                pass
-            finally:
-                if not reply:  # killed, or interrupted: a late reply must not answer the next question
-                    self._stop()
-            return reply == b"1\n"
-
-    def close(self) -> None:
-        """End the process; the next comparison starts another."""
-        with self._lock:
-            self._stop()
-
-    def _start(self) -> None:
-        if self._process is not None:
-            return
-        # -P keeps this folder off the import path, where math.py would hide the standard library's
-        command = [sys.executable, "-P", str(Path(__file__).with_name("equality_worker.py"))]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
-        greeting = self._reply(STARTUP_SECONDS)
-        if greeting != b"ready\n":
-            self._stop()
-            raise RuntimeError(f"the grading process did not start: {greeting.decode().strip() or 'it ended'}")
-
-    def _reply(self, seconds: float) -> bytes:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            return self._process.stdout.readline() if selector.select(seconds) else b""
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
-            self._process = None
-
-
-WORKER = Worker()
-atexit.register(WORKER.close)
+WORKER = Confined(Path(__file__).with_name("equality_worker.py"))

@@ -5,6 +5,7 @@ gold answer is its field answer, else reward_model.ground_truth.
 """
 
 import re
+import reprlib
 from pathlib import Path
 
 from jaxopd.errors import InputError
@@ -74,7 +75,8 @@ def _problem(row: Row) -> str:
     for message in messages:
         fields = message if isinstance(message, dict) else {}
         if fields.get("role") not in ("user", "system") or not isinstance(fields.get("content"), str):
-            raise row.fail(field, f"message {str(message)[:60]}", expected)
+            raise row.fail(field, f"message {reprlib.repr(message)}", expected)
+        row.encodable(field, fields["content"])
     if not any(message["content"].strip() for message in messages):
         raise row.fail(field, "no message", expected)
     return "\n\n".join(message["content"] for message in messages)
@@ -86,8 +88,8 @@ def _gold(row: Row) -> str:
         reward_model = row.typed("reward_model", dict, "a field answer or reward_model", default={})
         field, answer = "answer or reward_model.ground_truth", reward_model.get("ground_truth")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise row.fail(field, "nothing" if answer is None else repr(answer)[:40], "text or a number")
-    return str(answer).strip()
+        raise row.fail(field, "nothing" if answer is None else reprlib.repr(answer), "text or a number")
+    return row.encodable(field, str(answer)).strip()
 
 
 def _mend(text: str) -> str:

@@ -26,7 +26,7 @@ def render(template: str, **values: Any) -> str:
     file = f"{template}.jinja"
     try:
         return ENVIRONMENT.get_template(file).render(**values)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # an edited template may also divide by zero, or be no UTF-8
         line = getattr(error, "lineno", None)
         where = f"{FOLDER / file}: line {line}" if line else f"{FOLDER / file}"
-        raise InputError(f"{where}: found a template that cannot be filled ({error.message})") from None
+        raise InputError(f"{where}: found a template that cannot be filled ({error})") from None

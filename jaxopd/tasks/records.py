@@ -1,14 +1,22 @@
 """Rows of JSONL, JSON and parquet files, with errors that name the file, the line and the field."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxopd.confined import Confined
 from jaxopd.errors import InputError
 
 MISSING = object()
+SURROGATE = re.compile("[\ud800-\udfff]")
+# A few bytes of parquet can stand for any number of values; what is read takes under 2 GB in all.
+LARGEST_VALUES = 1 << 24
+LARGEST_TABLE = 1 << 29  # bytes of a table's columns
+PARQUET_ROWS = 64  # decoded at a time
+COUNTER = Confined(Path(__file__).with_name("parquet_worker.py"))
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,11 @@ class Row:
             return default
         if not isinstance(value, kind):
             raise self.fail(field, "null" if field in self.values and value is None else _shown(value), expected)
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        return self.encodable(field, value)
+
+    def encodable(self, field: str, value: Any) -> Any:
+        """Return a value unless it is text that holds half of a surrogate pair, which JSON can escape."""
+        if isinstance(value, str) and SURROGATE.search(value):
             raise self.fail(field, "half of a surrogate pair", "text that UTF-8 can hold")
         return value
 
@@ -65,10 +77,12 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def check_file(path: Path, expected: str) -> Path:
     """Return the path of an existing file; InputError otherwise."""
-    if path.is_dir():
-        raise InputError(f"{path}: found a folder, expected {expected}")
-    if not path.is_file():
-        raise InputError(f"{path}: found no such file, expected {expected}")
+    try:
+        kind = "a folder" if path.is_dir() else "" if path.is_file() else "no such file"
+    except OSError as error:  # a name that is too long
+        kind = f"no such file ({error.strerror})"
+    if kind:
+        raise InputError(f"{path}: found {kind}, expected {expected}")
     return path
 
 
@@ -108,19 +122,39 @@ def _json_rows(path: Path) -> list[Row]:
 
 def _parquet_rows(path: Path) -> list[Row]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        values = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: found no readable parquet table ({str(error).splitlines()[0]})") from None
+        values = _parquet_values(path)
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: found no readable parquet table ({reason})") from None
     return [_row(path, place, value, "row") for place, value in enumerate(values, start=1)]
+
+
+def _parquet_values(path: Path) -> list[dict[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        claimed = COUNTER.ask(str(path.absolute()))
+        if claimed is None:
+            raise ValueError("its metadata contradicts itself")
+        if claimed > LARGEST_VALUES:
+            raise InputError(f"{path}: found {claimed} values in its columns, expected at most {LARGEST_VALUES}")
+        values, size = [], 0
+        for batch in file.iter_batches(PARQUET_ROWS):
+            size += batch.nbytes
+            if size > LARGEST_TABLE:
+                raise InputError(f"{path}: found over {LARGEST_TABLE} bytes in its columns, expected less")
+            values += batch.to_pylist()
+    return values
 
 
 def _parse(path: Path, content: str, line: int) -> Any:
     try:
         return json.loads(content, strict=False)  # real files hold raw control characters inside strings
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a plain ValueError
         at = f"line {line + getattr(error, 'lineno', 1) - 1}"
         raise InputError(f"{path}: {at}: found malformed JSON ({str(error).split(':')[0]})") from None
 
@@ -141,11 +175,15 @@ def _named(rows: list[Row]) -> list[Row]:
         name = name or f"{row.path.stem}-{row.line}"
         seen[name] += 1
         name = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        named.append(Row(row.path, row.line, row.values, row.unit, name))
+        named.append(Row(row.path, row.line, row.values, row.unit, row.encodable("id", name)))
     return named
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "nothing"
-    return f"{type(value).__name__} {json.dumps(value, default=str)[:40]}"
+    try:
+        written = json.dumps(value, default=str)[:40]
+    except (RecursionError, ValueError):  # nested deeper than it can be written
+        written = "..."
+    return f"{type(value).__name__} {written}"

@@ -11,6 +11,8 @@ and labelled instructions. A solution echoes every instruction and states its re
 
 import json
 import random
+import re
+import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxopd.errors import InputError
-from jaxopd.tasks.records import decode
+from jaxopd.tasks.records import SURROGATE, decode
 from jaxopd.types import Question
 
 FLAVOURS = ("boolean", "choice", "chain")
@@ -41,6 +43,7 @@ ARITHMETIC = {
     "minus": lambda left, right: (left - right) % 7,
     "times": lambda left, right: (left * right) % 7,
 }
+SPECIFIED = re.compile(rf"({'|'.join(FLAVOURS)}|all):([0-9]{{1,4}}):([0-9]{{1,9}})")
 STEPS = {"boolean": (2, 5), "choice": (2, 4), "chain": (3, 6)}
 CONTEXTS = {"1C": (1, 0), "1C1W": (1, 1), "Sum1C": (1, 0), "Sum1C1W": (1, 1)}  # what the toy models learn to read
 SHOWN = CONTEXTS | {"3C": (3, 0)}  # three solutions are longer than any context of the training corpus
@@ -165,12 +168,12 @@ class Toy:
         """
         if Path(path).is_file():
             return _read_jsonl(Path(path))
-        flavour, *numbers = str(path).split(":")
-        if flavour not in (*FLAVOURS, "all") or len(numbers) != 2 or not all(part.isdigit() for part in numbers):
+        specified = SPECIFIED.fullmatch(str(path))
+        if specified is None:
             raise InputError(f"{path}: found no such file, expected a JSONL file or flavour:n:seed, e.g. choice:40:1")
-        n, seed = map(int, numbers)
+        flavour, n, seed = specified.groups()
         flavours = FLAVOURS if flavour == "all" else (flavour,)
-        return [question for each in flavours for question in generate(each, n, seed)]
+        return [question for each in flavours for question in generate(each, int(n), int(seed))]
 
     def prompt(self, question: Question) -> str:
         """Return the user message of a question."""
@@ -198,14 +201,17 @@ def _read_jsonl(path: Path) -> list[Question]:
         try:
             row = json.loads(line)
             problem = parse(row["question"])
-            stated = row["answer"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            stated, identity = row["answer"], row.get("id", f"{path.stem}-{number}")
+            if not isinstance(identity, str | int) or SURROGATE.search(f"{identity}{problem.text}"):
+                raise ValueError(identity)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             raise InputError(
                 f'{path}: line {number}: found {line[:60]!r}, expected {{"question": a toy question, "answer": ...}}'
             ) from None
         if stated != problem.gold:
-            raise InputError(f"{path}: line {number}: found answer {stated!r}, expected {problem.gold!r}")
-        name = str(row.get("id", f"{path.stem}-{number}"))
+            found = reprlib.repr(stated)
+            raise InputError(f"{path}: line {number}: found answer {found}, expected {problem.gold!r}")
+        name = str(identity)
         seen[name] += 1  # run records are keyed by name
         questions.append(_question(name if seen[name] == 1 else f"{name}#{seen[name]}", problem))
     return questions

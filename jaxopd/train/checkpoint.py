@@ -24,6 +24,8 @@ class Checkpoints:
             preservation_policy=policy, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+        # It would ask JAX's preemption service under step numbers, and hide the signal from `stop_if_preempted`.
+        self.manager.reached_preemption = lambda step: False
 
     @property
     def latest(self) -> int | None:

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxopd.distributed import fetch
 from jaxopd.rollouts import LENGTH, Engine, Requests, Sampling
 from jaxopd.rollouts.sampling import seed_of
 from jaxopd.train.batch import Batch, Sequences, padded, question_order
@@ -124,7 +125,7 @@ class Collector:
             states = jnp.zeros((len(rows), responses.shape[1], 1), states.dtype)
         head = nnx.merge(graph, state).head()
         # A live teacher's head may be the student's own array, whose memory the next update gives away.
-        return Micro(rows, student, responses, states, jnp.copy(head) if live else head), jax.device_get(found)
+        return Micro(rows, student, responses, states, jnp.copy(head) if live else head), fetch(found)
 
     def _computed(self, params: nnx.State) -> nnx.State:
         """The student in the precision that it is trained in."""

@@ -93,10 +93,10 @@ class TrainConfig:
     remat: bool = False
     """Keep the inputs of layers only, and compute the rest again in the backward pass."""
     probe_every: int = 0
-    """Steps between measurements of the update's geometry on probe questions (the first of the file); 0 for none."""
+    """Steps between measurements of the update's geometry on probe questions (spread over the file); 0 for none."""
     probe_questions: int = 16
     probe_rollouts: int = 16
-    """Responses a probe question; an even number, of which half estimates the ideal gradient and half checks it."""
+    """Responses a probe question; an even number, as both gradients are estimated from each half of them."""
     save_every: int = 20
     """Steps between checkpoints."""
     keep: int = 2
@@ -131,6 +131,8 @@ class TrainConfig:
             raise InputError(f"mini_batch: found {self.mini_batch}, expected a divisor of the batch of {self.batch}")
         if self.probe_every and (self.probe_rollouts % 2 or self.probe_rollouts < 4):
             raise InputError(f"probe_rollouts: found {self.probe_rollouts}, expected an even number of 4 or more")
+        if self.probe_every and self.objective.objective == "sft":
+            raise InputError("probe_every: found with the objective sft, expected one that scores responses")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate: found {self.learning_rate}, expected a positive number")
         if make_objective(self.objective).from_teacher and not self.teacher:

@@ -81,7 +81,9 @@ def write_corpus(config: CorpusConfig, path: str | Path) -> dict[str, int]:
             lines.append({"question": question.id, "response": text, "tokens": tokens[:length].tolist()})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    unfinished.replace(path)
     return counts
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from jaxopd.errors import InputError
+from jaxopd.distributed import SharedError, decided
 from jaxopd.train.batch import Batch
 
 NGRAM = 4
@@ -21,7 +21,7 @@ LENGTH_FACTOR = 3.0
 FIRST_STEPS = 5
 
 
-class TrainingStopped(InputError):
+class TrainingStopped(SharedError):
     """Training cannot go on; the message names the step, the kept batch and the last good checkpoint."""
 
 
@@ -31,14 +31,18 @@ def check_finite(values: dict[str, float], step: int, batch: Batch, folder: Path
     if not wrong:
         return
     kept = folder / "replay" / f"step-{step:06d}.npz"
-    kept.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-    np.savez(kept, **{name: array for name, array in arrays.items() if array is not None})
+    decided(lambda: _keep(kept, {name: array for name, array in arrays.items() if array is not None}))
     last = "none yet" if checkpoint is None else str(folder / "checkpoints" / str(checkpoint))
     raise TrainingStopped(
         f"step {step}: found {wrong[0]} {values[wrong[0]]}, expected a finite number; the batch is kept in {kept}, the "
         f"last good checkpoint is {last}"
     )
+
+
+def _keep(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, **arrays)
 
 
 def repetition(tokens: Int[np.ndarray, "S"]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxopd.distributed import is_first
 from jaxopd.errors import InputError
 
 NEEDED = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -18,11 +19,11 @@ class MetricsLog:
     def __init__(self, folder: str | Path, others: Sequence[str] = (), config: dict[str, Any] | None = None):
         self.folder = Path(folder)
         self.path = self.folder / "metrics.jsonl"
-        self.writers = [_writer(name, self.folder, config or {}) for name in others]
+        self.writers = [_writer(name, self.folder, config or {}) for name in others if is_first()]
 
     def resume(self, step: int) -> None:
         """Drops the lines of `step` and later: they are written again."""
-        if self.path.exists():
+        if is_first() and self.path.exists():
             kept = [
                 line
                 for line in self.path.read_text().splitlines()
@@ -32,6 +33,8 @@ class MetricsLog:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes a step's metrics, sorted by name; what is not finite becomes null."""
+        if not is_first():
+            return
         metrics = {name: None if _undefined(value) else value for name, value in metrics.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | dict(sorted(metrics.items()))) + "\n")
@@ -41,6 +44,8 @@ class MetricsLog:
 
     def time(self, step: int, seconds: dict[str, float]) -> None:
         """Writes how long the parts of a step took, in a file of its own."""
+        if not is_first():
+            return
         with (self.folder / "timings.jsonl").open("a") as file:
             file.write(json.dumps({"step": step} | {name: round(s, 4) for name, s in seconds.items()}) + "\n")
 

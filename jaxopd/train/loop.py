@@ -16,7 +16,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
+from jaxopd.distributed import Preempted, decided, fetch, several, stop_if_preempted
 from jaxopd.models import Qwen, save_model
+from jaxopd.models.sharding import data_mesh
+from jaxopd.rollouts.plan import device_budget
 from jaxopd.runs import RunFolder
 from jaxopd.train import metrics as measured
 from jaxopd.train.batch import Batch, taken
@@ -29,6 +32,7 @@ from jaxopd.train.health import Monitor, check_finite, rollout_metrics
 from jaxopd.train.log import MetricsLog
 from jaxopd.train.metrics import Scored
 from jaxopd.train.objectives import make_objective
+from jaxopd.train.plan import plan_training
 from jaxopd.train.setup import Setup
 from jaxopd.train.step import LossSettings, Targets, add_gradients, apply_gradients, spread
 from jaxopd.train.targets import make_targets, reduced
@@ -57,21 +61,27 @@ class Trainer:
         self, config: TrainConfig, out: str | Path, report: Report = print, mesh: jax.sharding.Mesh | None = None
     ):
         self.config, self.out, self.report = config, Path(out), report
+        budget = device_budget(data_mesh() if mesh is None else mesh)
         self.setup = Setup(config, mesh)
+        self.plan = plan_training(config, self.setup, budget)
         self.collect = Collector(config, self.setup)
         self.mesh, self.graph = self.setup.mesh, self.setup.graph
         self.objective, self.transform = make_objective(config.objective), optimizer(config)
         self.settings = LossSettings(
             self.objective, config.objective, bool(config.objective.outcome), config.dtype, config.remat
         )
-        self.table = AlignmentTable.of_run(config.gate.diagnosis) if config.gate.diagnosis else None
+        diagnosis = config.gate.diagnosis
+        self.table = AlignmentTable.of_run(diagnosis, config.student, config.teacher) if diagnosis else None
         free = FREE_FIELDS if config.schedule == "constant" else FREE_FIELDS[1:]  # a cosine ends where the run does
         identity = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+        if self.table is not None:  # the folder's name does not say what it holds
+            identity["alignment_weights"] = self.table.weight.tolist()
         RunFolder.create(str(out), json.loads(json.dumps(identity)))
         self.log = MetricsLog(out, config.log_to, identity)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep)
-        # Copies: an update gives its arguments' memory away, and the initial model may still be a teacher.
+        # Copies: an update gives its arguments' memory away. The initial model lives on only where it is a teacher.
         self.params = spread(jax.tree.map(jnp.copy, self.setup.initial), self.mesh)
+        del self.setup.initial
         self.opt_state = spread(self.transform.init(self.params), self.mesh)
         self.step, self.monitor = 0, Monitor()
         if self.checkpoints.latest is not None:
@@ -80,18 +90,23 @@ class Trainer:
 
     @property
     def student(self) -> Qwen:
-        """The model as it is."""
-        return nnx.merge(self.graph, jax.tree.map(jnp.copy, self.params))
+        """The model as it is, whole in every process."""
+        return nnx.merge(self.graph, jax.tree.map(jnp.copy, fetch(self.params) if several() else self.params))
 
     def run(self) -> Qwen:
         """Trains to the configured step and saves the student as a Hugging Face folder in OUT/student."""
-        while self.step < self.config.steps:
-            self.advance()
-        if self.checkpoints.latest != self.step:
-            self._save()
-        self.checkpoints.close()
-        save_model(self.student, self.out / "student", tokenizer=self.setup.tokenizer)
-        return self.student
+        self.report(str(self.plan))
+        try:
+            while self.step < self.config.steps:
+                stop_if_preempted()
+                self.advance()
+        except Preempted:  # only between updates, so the parameters are those of a whole step
+            self._close()
+            raise
+        self._close()
+        student = self.student
+        decided(lambda: save_model(student, self.out / "student", tokenizer=self.setup.tokenizer))
+        return student
 
     def advance(self) -> dict[str, Any]:
         """Makes one step: a batch of rollouts and its updates; gives what was logged."""
@@ -182,6 +197,12 @@ class Trainer:
 
     def _check(self, values: dict[str, float], batch: Batch) -> None:
         check_finite(values, self.step, batch, self.out, self.checkpoints.latest)
+
+    def _close(self) -> None:
+        """Sees that the present step is kept."""
+        if self.checkpoints.latest != self.step:
+            self._save()
+        self.checkpoints.close()
 
     def _save(self) -> None:
         facts = {"step": self.step, "first": self.monitor.first, "questions_seen": self.step * self.config.batch}

@@ -185,7 +185,7 @@ def auroc_by_position(
 def by_position(
     scored: Scored, correct: Bool[np.ndarray, "B"], width: int | None = None
 ) -> dict[str, list[float | None]]:
-    """Average entropy, overlap and reward in windows of positions (default: eighths of the longest response).
+    """Average entropy, overlap and reward in windows of positions (default: eighths of S).
 
     And how well the reward of each window tells right from wrong responses.
     """

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from jaxopd.distributed import decided, place
 from jaxopd.errors import InputError
 from jaxopd.models import chat_tokens, check_vocabulary, load_model, load_tokenizer, stop_token_ids
 from jaxopd.models.sharding import data_mesh
@@ -67,12 +68,14 @@ class Setup:
 
     def grades(self, questions: Sequence[Question], responses: Int[np.ndarray, "B S"]) -> Int[np.ndarray, "B"]:
         """Grades responses: 1 correct, 0 wrong, -1 no answer found."""
-        found = (self.task.grade(self.text(row), q.gold) for q, row in zip(questions, responses, strict=True))
+        pairs = list(zip(questions, responses, strict=True))
+        # Graders have time limits, so one process grades for all.
+        found = decided(lambda: [self.task.grade(self.text(row), q.gold) for q, row in pairs])
         return np.array([-1 if grade is None else int(grade) for grade in found], np.int8)
 
     def replicated(self, tree: Any) -> Any:
         """Copies arrays to every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return place(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def _questions(self, path: str) -> list[Question]:
         questions = self.task.load(path)
@@ -108,11 +111,12 @@ class Setup:
             self._check_lengths(prompts, spec.name, self.model_config.max_positions)
             return Teacher(spec, self.graph, state, prompts, prompt_width(prompts))
         found = load_tokenizer(spec.model)
-        if found.get_vocab() != self.tokenizer.get_vocab():
-            ours, theirs = len(self.tokenizer.get_vocab()), len(found.get_vocab())
+        ours, theirs = self.tokenizer.get_vocab(), found.get_vocab()
+        if ours != theirs:
+            odd = min(dict(ours.items() ^ theirs.items()))
             raise InputError(
-                f"--teacher {spec.name}: found another tokenizer ({theirs} entries beside the student's {ours}), "
-                "expected the same vocabulary: its log-probabilities would belong to other tokens"
+                f"--teacher {spec.name}: found another tokenizer ({odd!r} is its token {theirs.get(odd)}), expected "
+                f"the student's, where it is {ours.get(odd)}: its log-probabilities would belong to other tokens"
             )
         model = load_model(spec.model, dtype=self.config.dtype)
         self._check_lengths(prompts, spec.model, model.config.max_positions)

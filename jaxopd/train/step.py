@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxopd_kernels import head_statistics, pair_statistics, weighted_divergence_loss
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxopd.distributed import place
 from jaxopd.gradients import Position
 from jaxopd.models import Qwen, forward
 from jaxopd.train.batch import Sequences
@@ -51,14 +52,14 @@ class Targets:
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Place arrays over the mesh: split along the largest axis that the devices divide, else a copy on each."""
 
-    def place(x: Array) -> Array:
+    def put(x: Array) -> Array:
         axes = [i for i in range(x.ndim) if x.shape[i] % mesh.size == 0 and mesh.size > 1]
         spec = [None] * x.ndim
         if axes:
             spec[max(axes, key=lambda i: x.shape[i])] = "data"
-        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+        return place(x, NamedSharding(mesh, P(*spec)))
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(put, tree)
 
 
 def response_states(model: Qwen, sequences: Sequences, length: int, remat: bool = False) -> Float[Array, "b S D"]:

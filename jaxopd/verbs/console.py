@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxopd.diagnose.session import Progress as Report
+from jaxopd.distributed import decided
 from jaxopd.rollouts.plan import MemoryPlan
 
 NEWS = 1.5
@@ -71,7 +72,11 @@ class _LargerPlans(logging.Filter):
 
 
 def show_report(console: Console, out: str) -> None:
-    """Writes the report of a run and prints its ranking and where it lies."""
+    """Writes the report of a run and prints its ranking and where it lies; one process does it for all."""
+    decided(lambda: _show_report(console, out))
+
+
+def _show_report(console: Console, out: str) -> None:
     from jaxopd.report import ranking_table, write_report
 
     written = write_report(out)

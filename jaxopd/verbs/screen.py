@@ -9,6 +9,7 @@ from rich.console import Console
 from jaxopd.analysis.screening import BINS, accuracy_by_difficulty, availability, context_accuracy
 from jaxopd.diagnose import DiagnoseConfig
 from jaxopd.diagnose.screen import CONTEXTS, ROLLOUTS, screen
+from jaxopd.distributed import decided
 from jaxopd.errors import InputError
 from jaxopd.report.arranged import arranged, write_tables
 from jaxopd.report.tables import Table
@@ -63,8 +64,9 @@ class Screen:
         tables = screening_tables(run)
         for table in tables:
             console.print(as_table(table.title, table.cells))
-        written = write_tables(tables, Path(self.out) / "screening")
-        console.print(f"tables: {written[0].parent}")
+        folder = Path(self.out) / "screening"
+        decided(lambda: [str(file) for file in write_tables(tables, folder)])
+        console.print(f"tables: {folder}")
 
 
 def screening_tables(run: RunFolder) -> list[Table]:

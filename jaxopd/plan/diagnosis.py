@@ -1,0 +1,158 @@
+"""The plan of a diagnosis: rollouts, demonstrations, targeted rollouts, and scoring by the student and its teachers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from jaxopd.diagnose.config import RESPONSES
+from jaxopd.models.config import QwenConfig
+from jaxopd.plan.hardware import Hardware, ImaginedMesh
+from jaxopd.plan.roofline import Stage, decoding, reading, weight_bytes
+from jaxopd.responses import TOKENS_AT_ONCE
+from jaxopd.rollouts.plan import USABLE, MemoryPlan, plan_memory
+from jaxopd.train.plan import scoring_bytes
+
+
+@dataclass(frozen=True)
+class DiagnosisWork:
+    """What is asked of a diagnosis; lengths in tokens, numbers a question."""
+
+    questions: int = 100
+    """Questions."""
+    prompt_tokens: int = 200
+    """Tokens of a prompt."""
+    response_tokens: int = 500
+    """Tokens of a response in the mean."""
+    max_tokens: int = 2048
+    """Response length limit, tokens."""
+    rollouts: int = 200
+    """Initial rollouts a question; exits stop at 20 or soon after where both outcomes are common."""
+    targeted_tokens: int | None = None
+    """Tokens drawn by a question's targeted rollouts; by default those of 600 mean responses, the most exits take."""
+    paths: int = 4
+    """Representative paths a question, which every teacher scores."""
+    self_teachers: int = 5
+    """Teachers that are the student with a context."""
+    context_tokens: int = 1000
+    """Tokens of such a context."""
+    demonstration_trials: int = 60
+    """Samples tried for demonstrations, a question and source."""
+    slots: int = 256
+    """Sequences decoded at once, over all devices."""
+    dtype: str = "bfloat16"
+    """Parameters and activations."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes per device by phase and part, the stages, and what one device has for a run."""
+
+    memory: dict[str, dict[str, float]]
+    stages: list[Stage]
+    budget: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def largest(self) -> tuple[str, float]:
+        """The phase that holds most, and its bytes."""
+        return max(((phase, sum(parts.values())) for phase, parts in self.memory.items()), key=lambda x: x[1])
+
+
+def plan_diagnosis(
+    student: QwenConfig,
+    teachers: Mapping[str, QwenConfig],
+    large: QwenConfig | None,
+    work: DiagnosisWork,
+    hardware: Hardware,
+    devices: int,
+) -> Plan:
+    """Plans a diagnosis on `devices` equal devices, each with the whole student and one other model at a time.
+
+    Rollouts are spread over the devices; responses are read on one, as a run does it. Each teacher reads the paths
+    twice (to watch and to score), beside the student, and all initial rollouts for their rewards. Targeted rollouts
+    start in the middle of a path in the mean, and so attend to the prompt and half a response.
+    """
+    Q, length, prompt = work.questions, work.response_tokens, work.prompt_tokens
+    targeted = RESPONSES * length if work.targeted_tokens is None else work.targeted_tokens
+    shared = {"slots": work.slots, "devices": devices, "max_tokens": work.max_tokens}
+    place = hardware, work.dtype
+
+    def draw(name: str, config: QwenConfig, tokens: float, trunk: float, trunks: int, mean: float = length) -> Stage:
+        return decoding(name, config, *place, tokens=tokens, length=mean, trunk=trunk, trunks=trunks, **shared)
+
+    def read(name: str, config: QwenConfig, context: int, sequences: int) -> Stage:
+        whole = context + prompt + length
+        tokens, scored = Q * sequences * whole, Q * sequences * length
+        return reading(name, config, *place, tokens=tokens, scored=scored, length=whole, devices=1)
+
+    stages = [draw("rollouts", student, Q * work.rollouts * length, prompt, 1)]
+    if work.self_teachers:
+        writers = {"student": student} | ({"large": large} if large else {})
+        trials = Q * work.demonstration_trials * length
+        stages += [draw(f"demonstrations, {name}", config, trials, prompt, 1) for name, config in writers.items()]
+    stages.append(draw("targeted rollouts", student, Q * targeted, prompt + length / 2, work.paths, length / 2))
+    readers = [(name, config, 0) for name, config in teachers.items()]
+    readers += [(f"self-teacher {n + 1}", student, work.context_tokens) for n in range(work.self_teachers)]
+    stages.append(read("scoring, student", student, 0, (1 + len(readers)) * work.paths))
+    for name, config, context in readers:
+        stages.append(read(f"scoring, {name}", config, context, 2 * work.paths))
+        stages.append(read(f"rewards, {name}", config, context, work.rollouts))
+    return Plan(_memory(student, teachers, large, work, hardware, devices), stages, USABLE * hardware.memory)
+
+
+def _memory(
+    student: QwenConfig,
+    teachers: Mapping[str, QwenConfig],
+    large: QwenConfig | None,
+    work: DiagnosisWork,
+    hardware: Hardware,
+    devices: int,
+) -> dict[str, dict[str, float]]:
+    own = weight_bytes(student, work.dtype)
+    trunk = work.prompt_tokens + work.max_tokens
+    engine = rollout_memory(student, work, hardware, devices, work.paths, trunk)
+    phases = {"targeted rollouts": _parts(engine, devices)}
+    if large is not None:
+        theirs = rollout_memory(large, work, hardware, devices, 1, work.prompt_tokens, also=own)
+        phases["demonstrations, large"] = {"student": own} | _parts(theirs, devices)
+    width = work.context_tokens * bool(work.self_teachers) + trunk
+    rows = max(1, min(work.paths, TOKENS_AT_ONCE // width))
+    for name, config in teachers.items() or {"self-teacher": student}.items():
+        pair = [(student, width), (config, width)]
+        vocabulary = student.vocab_size + config.vocab_size
+        workspace = scoring_bytes(pair, vocabulary, rows, work.max_tokens, 1)
+        weights = weight_bytes(config, work.dtype) if teachers else 0
+        phases[f"scoring, {name}"] = {"student": own, "teacher": weights, "workspace": workspace}
+    return phases
+
+
+def rollout_memory(
+    config: QwenConfig,
+    work: DiagnosisWork,
+    hardware: Hardware,
+    devices: int,
+    trunks: int,
+    trunk_length: int,
+    also: float = 0.0,
+) -> MemoryPlan:
+    """Gives the engine's own plan for this work on devices that need not be there; also: bytes others hold on each."""
+    return plan_memory(
+        config,
+        jnp.dtype(work.dtype),
+        weights=devices * weight_bytes(config, work.dtype),
+        trunks=trunks,
+        trunk_length=trunk_length,
+        most=work.slots,
+        max_tokens=work.max_tokens,
+        slots=work.slots,
+        mesh=ImaginedMesh(devices, hardware.kind),
+        budget=int(devices * (USABLE * hardware.memory - also)),
+    )
+
+
+def _parts(plan: MemoryPlan, devices: int) -> dict[str, float]:
+    return {name: getattr(plan, name) / devices for name in ("weights", "trunks", "suffix", "workspace")}

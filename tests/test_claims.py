@@ -1,0 +1,93 @@
+"""Who may do a piece: claims that are held, given up, taken over from the dead, and lost."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxopd import claims
+from jaxopd.claims import LEASE_SECONDS, Claims
+from jaxopd.runs import RunFolder
+
+PIECE, KEY = "stage/00000", "pieces/stage/00000/claim.json"
+ELSEWHERE = {"job": "another", "machine": "another", "pid": 1}
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder.create(str(tmp_path / "run"), {})
+
+
+def claim_of_another(run: RunFolder, **claim) -> None:
+    run.write_json(KEY, ELSEWHERE | claim)
+
+
+def test_a_piece_is_ours_until_it_is_done(run) -> None:
+    ours = Claims(run)
+    assert ours.ask(PIECE) == "ours"
+    with ours.working(PIECE):
+        run.save(PIECE, {"x": np.zeros(1)})
+    assert run.read_json(KEY) is None
+    assert ours.ask(PIECE) == Claims(run).ask(PIECE) == "done"
+
+
+def test_a_piece_is_given_up_when_its_job_fails(run) -> None:
+    ours = Claims(run)
+    assert ours.ask(PIECE) == "ours"
+    with pytest.raises(KeyboardInterrupt), ours.working(PIECE):
+        raise KeyboardInterrupt
+    assert run.read_json(KEY) is None
+
+
+def test_a_process_of_this_machine_that_is_gone_is_followed_at_once(run) -> None:
+    dies = (
+        "import sys, os; from jaxopd.claims import Claims; from jaxopd.runs import RunFolder\n"
+        f"assert Claims(RunFolder.existing(sys.argv[1])).ask({PIECE!r}) == 'ours'; os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", dies, run.path], check=True)
+    assert run.read_json(KEY) is not None
+    assert Claims(run).ask(PIECE) == "ours"
+
+
+def test_a_claim_from_elsewhere_holds_as_long_as_it_changes(run, monkeypatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    ours = Claims(run)
+    for beats in range(3):
+        claim_of_another(run, beats=beats)
+        for _ in range(2):
+            assert ours.ask(PIECE) == "theirs"
+            now[0] += LEASE_SECONDS / 2
+    assert ours.ask(PIECE) == "theirs"
+    now[0] += LEASE_SECONDS / 2 + 1
+    assert ours.ask(PIECE) == "ours"
+
+
+def test_of_two_that_take_over_one_wins(run, monkeypatch) -> None:
+    monkeypatch.setattr(Claims, "_abandoned", lambda *_: True)
+    first, second = Claims(run), Claims(run)
+    claim_of_another(run)
+    read = run.read_version
+
+    def read_then_lose(key):
+        found = read(key)
+        if key == KEY:
+            monkeypatch.setattr(run, "read_version", read)
+            assert second.ask(PIECE) == "ours"
+        return found
+
+    monkeypatch.setattr(run, "read_version", read_then_lose)
+    assert first.ask(PIECE) == "theirs"
+    assert run.read_json(KEY)["job"] == second.claim["job"]
+
+
+def test_a_heart_beats_and_stops_when_the_piece_is_taken(run, monkeypatch) -> None:
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.001)
+    ours = Claims(run)
+    assert ours.ask(PIECE) == "ours"
+    with ours.working(PIECE):
+        while run.read_json(KEY).get("beats", 0) < 3:
+            pass
+        claim_of_another(run)
+    assert run.read_json(KEY) == ELSEWHERE

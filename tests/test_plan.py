@@ -1,0 +1,151 @@
+"""jaxopd plan: its memory is the engine's and the trainer's, its times are sums done here by hand."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from jaxopd import cli
+from jaxopd.errors import InputError
+from jaxopd.models import QwenConfig, init_model
+from jaxopd.models.sharding import data_mesh
+from jaxopd.plan import (
+    HARDWARE,
+    DiagnosisWork,
+    Hardware,
+    TrainingWork,
+    find_hardware,
+    plan_diagnosis,
+    plan_training_run,
+)
+from jaxopd.plan.diagnosis import rollout_memory
+from jaxopd.plan.roofline import decoding, reading, weight_bytes
+from jaxopd.rollouts import Engine, Requests, Sampling
+from jaxopd.rollouts.plan import USABLE
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = QwenConfig(997, 32, 64, 3, 4, 2, 8, max_positions=4096)
+UNTIED = dataclasses.replace(SMALL, model_type="qwen2", tie_embeddings=False, hidden_size=48)
+SLOW = Hardware("cpu", memory=1e9, flops=2e6, bandwidth=1e6, step_flops=1e6)
+QWEN3_0_6B = QwenConfig(151936, 1024, 3072, 28, 16, 8, 128, max_positions=40960)
+QWEN3_8B = QwenConfig(151936, 4096, 12288, 36, 32, 8, 128, max_positions=40960, tie_embeddings=False)
+
+
+@pytest.mark.parametrize("config", [SMALL, UNTIED])
+def test_weights_are_those_of_the_model(config):
+    model = init_model(config, dtype="bfloat16")
+    assert weight_bytes(config, "bfloat16") == Engine(model, mesh=data_mesh(1)).weights
+
+
+def test_a_real_model_has_its_published_size():
+    assert_allclose(weight_bytes(QWEN3_0_6B, "bfloat16") / 2, 0.596e9, rtol=1e-3)  # parameters of Qwen3-0.6B
+    assert_allclose(weight_bytes(QWEN3_8B, "bfloat16") / 2, 8.19e9, rtol=1e-3)  # of Qwen3-8B
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_memory_is_what_the_engine_plans_for_the_same_work(devices):
+    engine = Engine(init_model(SMALL), slots=64, mesh=data_mesh(devices), budget=int(devices * USABLE * 1e9))
+    prompt = np.zeros(300, np.int32)
+    work = DiagnosisWork(max_tokens=200, slots=64, dtype="float32")
+    theirs = engine.plan([prompt] * 2, Requests.continuations([prompt] * 2, 64), Sampling(200))
+    assert rollout_memory(SMALL, work, SLOW, devices, 2, 300) == theirs
+
+
+def test_slots_shrink_until_they_fit_the_imagined_memory():
+    tiny = dataclasses.replace(SLOW, memory=4e6)
+    plan = rollout_memory(SMALL, DiagnosisWork(max_tokens=2048, slots=256, dtype="float32"), tiny, 1, 4, 64)
+    assert plan.total <= USABLE * 4e6
+    assert plan.groups * plan.slots < 256
+
+
+def test_a_decoding_step_is_the_sum_of_its_operations():
+    """By hand: 8 slots, float32, the weights bound by arithmetic, attention and logits by memory."""
+    found = decoding(
+        "x", SMALL, SLOW, "float32", tokens=80, length=20, trunk=100, slots=8, trunks=1, devices=1, max_tokens=20
+    )
+    weights = 3 * 32 * (2 * (4 + 2) * 8 + 3 * 64) + 997 * 32
+    token = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+    trunk = max(8 * 100 * 4 * 3 * 4 * 8 / 1e6, 100 * token / 1e6)
+    suffix = max(8 * 32 * 4 * 3 * 4 * 8 / 1e6, 8 * 32 * token / 1e6)  # the ring of 32 columns
+    step = 2 * 8 * weights / 1e6 + trunk + suffix + 6 * 4 * 8 * 997 / 1e6
+    assert_allclose(found.seconds, 10 * step)
+    assert found.limit == "arithmetic"
+    assert_allclose(found.rate, 80 / found.seconds)
+
+
+def test_what_binds_changes_with_the_number_of_slots():
+    fast = HARDWARE["h200"]
+    work = {"tokens": 1e6, "length": 500.0, "trunk": 200.0, "trunks": 1, "devices": 1, "max_tokens": 1000}
+    few, many = (decoding("x", QWEN3_8B, fast, "bfloat16", slots=slots, **work) for slots in (1, 64))
+    assert (few.limit, many.limit) == ("memory bandwidth", "memory bandwidth")
+    assert many.rate > 20 * few.rate  # the weights are read once a step
+    assert reading("x", QWEN3_8B, fast, "bfloat16", tokens=1e6, length=2e3, devices=1).limit == "arithmetic"
+
+
+def test_devices_share_the_time_and_a_reached_share_divides_it():
+    work = DiagnosisWork(slots=256)
+    one = plan_diagnosis(QWEN3_0_6B, {"T": QWEN3_8B}, QWEN3_8B, work, HARDWARE["h200"], 1)
+    reached = plan_diagnosis(QWEN3_0_6B, {"T": QWEN3_8B}, QWEN3_8B, work, HARDWARE["h200"], 1)
+    faster = dataclasses.replace(HARDWARE["h200"], reached=1.0)
+    assert_allclose(plan_diagnosis(QWEN3_0_6B, {"T": QWEN3_8B}, QWEN3_8B, work, faster, 1).seconds, one.seconds / 2)
+    assert one == reached
+    eight = plan_diagnosis(QWEN3_0_6B, {"T": QWEN3_8B}, QWEN3_8B, work, HARDWARE["h200"], 8)
+    assert one.seconds / 8 < eight.seconds < one.seconds  # weights are read by each device
+    assert set(one.memory) == {"targeted rollouts", "demonstrations, large", "scoring, T"}
+    assert one.memory["scoring, T"]["teacher"] == weight_bytes(QWEN3_8B, "bfloat16")
+
+
+def test_training_holds_masters_moments_and_teachers():
+    work = TrainingWork(batch=8, rollouts=2, micro_batch=8, max_tokens=256, response_tokens=100, dtype="bfloat16")
+    plan = plan_training_run(SMALL, {"T": UNTIED}, work, SLOW, 2)
+    update = plan.memory["update"]
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(Engine(init_model(SMALL), mesh=data_mesh(1)).state))
+    assert (update["masters"], update["optimizer"]) == (4 * numbers / 2, 8 * numbers / 2)  # spread over both devices
+    assert update["teachers"] == weight_bytes(UNTIED, "bfloat16")  # whole on each
+    assert plan.stages[0].tokens == 200 * 8 * 2 * 100
+    doubled = plan_training_run(SMALL, {"T": UNTIED}, dataclasses.replace(work, steps=400), SLOW, 2)
+    assert_allclose(doubled.seconds, 2 * plan.seconds)
+
+
+def test_this_machine_is_measured():
+    here = find_hardware("here", SMALL, "float32", 8)
+    assert min(here.flops, here.step_flops, here.bandwidth, here.memory) > 0
+    assert here.reached == 1.0
+    with pytest.raises(InputError, match="expected one of h200"):
+        find_hardware("abacus", SMALL, "float32", 8)
+
+
+def test_the_command(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_json("float32")))
+    arguments = ["plan", str(tmp_path / "config.json"), "--teacher", f"T={tmp_path / 'config.json'}", "--devices", "2"]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "targeted rollouts" in said
+    assert "bound by" in said
+    assert cli.main([*arguments, "training", "--steps", "3"]) == 0
+    assert "forward and backward" in capsys.readouterr().out
+    for wrong, words in (
+        (["--devices", "0"], "--devices: found 0"),
+        (["--reached", "2"], "--reached: found 2.0"),
+        (["--hardware", "abacus"], "--hardware: found 'abacus'"),
+        (["--large", str(tmp_path / "none.json")], "none.json: found no such file"),
+        (["--teacher", "T"], "--teacher: found 'T'"),
+        (["diagnosis", "--slots", "0"], "slots: found 0"),
+    ):
+        assert cli.main([*arguments, *wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_comparison_with_measurements_runs():
+    done = subprocess.run(
+        [sys.executable, ROOT / "experiments" / "plan_measured.py", "--smoke"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "smoke: " in done.stdout
