@@ -1,25 +1,27 @@
 """Reverse distillation: a student improved by outcome reward, distilled back toward what it was (paper B, Fig. 5).
 
-    python experiments/rethinking/reverse.py            # 9 runs of 60 steps; experiments/rethinking/results/
-    python experiments/rethinking/reverse.py --smoke    # a minute
+    python experiments/rethinking/reverse.py            # experiments/rethinking/results/reverse*
+    python experiments/rethinking/reverse.py --smoke
 
 First GRPO lifts the student. Then its own checkpoint from before, and a larger model of the same corpus, teach it.
 The paper's claim: both bring it back to where it began, whatever the larger model's score.
 """
 
-import pandas as pd
-from runs import Arm, compare, setting, write
+from results import write
+from runs import Arm, compare, flags, setting
 
 from jaxopd import toy
 
 if __name__ == "__main__":
-    chosen = setting("reverse", __doc__)
-    lift = Arm("grpo", {"teacher": (), "rollouts": 8}, {"objective": "grpo"})
-    lifted = compare(chosen, [lift])
-    start = str(chosen.folder / "grpo" / "0" / "student")
-    arms = [
-        Arm("itself_before", {"teacher": (f"before={chosen.config.student}",)}, {"objective": "topk_thunlp"}, start),
-        Arm("larger_peer", {"teacher": (f"M={toy.MODELS / 'M'}",)}, {"objective": "topk_thunlp"}, start),
+    parser = flags(__doc__)
+    parser.add_argument("--peer", default=str(toy.MODELS / "M"), help="the larger model of the same corpus")
+    given = parser.parse_args()
+    chosen = setting(given)
+    lifted = Arm("grpo", {"teacher": (), "rollouts": 8}, {"objective": "grpo"})
+    before, peer = (f"before={chosen.config.student}",), (f"peer={given.peer}",)
+    form = {"objective": "topk_thunlp"}
+    back = [
+        Arm("itself_before", {"teacher": before}, form, lifted),
+        Arm("larger_peer", {"teacher": peer}, form, lifted),
     ]
-    runs = pd.concat([lifted, compare(chosen, arms)], ignore_index=True)
-    write("reverse", chosen, [lift, *arms], runs)
+    write("reverse", chosen, compare(chosen, [lifted, *back]), reference="itself_before")

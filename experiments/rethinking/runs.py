@@ -1,43 +1,83 @@
-"""What the scripts of this folder share: arms trained side by side over seeds, measured before and after.
+"""What the scripts of this folder share: arms trained side by side over seeds, and their students' accuracy.
 
-An arm is a name and what it changes in the training configuration. Every run is a folder that resumes, so a script
-that was interrupted is started again; finished arms cost nothing. Defaults are the toy suite, minutes a script on two
-cores; the flags take the same script to other models and files.
+An arm is a name and what it changes in the training configuration. A run is a folder named by its configuration, so
+scripts that need the same run share it, and an interrupted script resumes. Every student is measured on the same
+questions with the same random numbers: before training, after a third of the steps, and at the end.
+
+`--scale toy` is the shipped models, minutes a script on two cores. `--scale paper` is Table 2 of the paper, and wants
+--questions and --held-out; every flag can be changed in both.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 
 from jaxopd import load_model, load_tokenizer, toy
+from jaxopd.models import Qwen
 from jaxopd.train.config import TrainConfig
-from jaxopd.train.evaluate import EvalConfig, evaluate, gap_recovery, summary
-from jaxopd.train.loop import train
+from jaxopd.train.evaluate import EvalConfig, evaluate, gap_recovery
+from jaxopd.train.loop import Trainer
 from jaxopd.train.objectives import ObjectiveConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from jaxopd.verbs.console import keep_compiled
 
 RESULTS = Path(__file__).parent / "results"
+MILESTONES = ("early", "after")  # a third of the steps, and all
 CURVES = ("overlap/ratio", "overlap/advantage_paper", "entropy/gap_paper", "train/gradient_norm", "entropy/student")
+SUMMED_UP = (*CURVES, "overlap/mass_student_paper", "overlap/mass_teacher_paper", "reward/auroc")
+SCALES: dict[str, dict[str, Any]] = {
+    "toy": {
+        "student": str(toy.MODELS / "S"),
+        "teacher": str(toy.MODELS / "T2"),
+        "task": "toy",
+        "questions": "all:400:7",
+        "held_out": "all:60:99",
+        "steps": 40,
+        "batch": 32,
+        "micro_batch": 128,
+        "k": 4,
+        "max_tokens": 80,
+        "evaluation_tokens": 80,
+        "learning_rate": 1e-3,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "dtype": "float32",
+    },
+    "paper": {
+        "student": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "teacher": "hbx/JustRL-DeepSeek-1.5B",
+        "task": "math",
+        "questions": "",
+        "held_out": "",
+        "steps": 200,
+        "batch": 64,
+        "micro_batch": 8,
+        "k": 16,
+        "max_tokens": 7168,
+        "evaluation_tokens": 31_744,
+        "learning_rate": 1e-6,
+        "temperature": 0.7,
+        "top_p": 0.95,
+        "dtype": "bfloat16",
+    },
+}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train: changes of the configuration and of its objective; `student` None is the script's."""
+    """A way to train: changes of the configuration and of its objective; `after` an arm, from its student."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     objective: Mapping[str, Any] = field(default_factory=dict)
-    student: str | None = None
+    after: "Arm | None" = None
 
 
 @dataclass(frozen=True)
@@ -50,118 +90,161 @@ class Setting:
     folder: Path
     smoke: bool
 
-    def accuracy(self, path: str | Path) -> float:
-        """avg@n of a model folder on the evaluation questions; measured once."""
-        kept = self.folder / "accuracy.json"
-        known = json.loads(kept.read_text()) if kept.exists() else {}
-        key = str(path)
-        if key not in known:
-            found = evaluate(load_model(path), load_tokenizer(path), self.evaluation)
-            known[key] = summary(found)["avg"]
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(known, indent=1))
-        return known[key]
+    @property
+    def results(self) -> Path:
+        """Where results go: smoke results stay beside their runs."""
+        return self.folder / "results" if self.smoke else RESULTS
+
+    @property
+    def milestones(self) -> tuple[int, int]:
+        """The steps at which students are measured."""
+        return max(1, self.config.steps // 3), self.config.steps
+
+    def correct(self, model: str | Path, load: Callable[[], Qwen] | None = None) -> pd.Series:
+        """Gives the share of right responses to each evaluation question; measured once a model."""
+        file = (
+            self.folder
+            / "evaluations"
+            / f"{digest([str(model), self.config.dtype, dataclasses.asdict(self.evaluation)])}.parquet"
+        )
+        if not file.exists():
+            loaded = load() if load else load_model(model, dtype=self.config.dtype)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            evaluate(loaded, load_tokenizer(self.config.student), self.evaluation).to_parquet(file)
+        found = pd.read_parquet(file).set_index("question")
+        return found["correct"] / found["samples"]
+
+    def config_of(self, arm: Arm, seed: int) -> TrainConfig:
+        """Gives the configuration of an arm and seed; trains the arm that it starts from."""
+        changes = dict(arm.changes)
+        if arm.after is not None:
+            changes["student"] = str(self.trained(self.config_of(arm.after, seed)) / "student")
+        objective = replace(self.config.objective, **arm.objective)
+        return replace(self.config, objective=objective, seed=seed, **changes)
+
+    def trained(self, config: TrainConfig) -> Path:
+        """Trains, or goes on training, measuring the student at the milestones; gives the run's folder."""
+        # A run holds the measurements of its way, so another evaluation is another run.
+        out = self.folder / digest([dataclasses.asdict(config), dataclasses.asdict(self.evaluation)])
+        if not (out / "student" / "model.safetensors").exists():
+            trainer = Trainer(config, out)
+            for step in self.milestones:
+                while trainer.step < step:
+                    trainer.advance()
+                self.correct(self.at(out, step), lambda: trainer.student)
+            trainer.run()
+        return out
+
+    @staticmethod
+    def at(out: Path, step: int) -> str:
+        """Names the student of a run as it was at a step."""
+        return f"{out}@{step}"
 
 
-def setting(name: str, description: str | None, **defaults: Any) -> Setting:
-    """Reads a script's flags."""
+def digest(value: Any) -> str:
+    """Names a JSON value by its content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def flags(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Gives the parser of a script, to which it may add flags of its own; defaults not given are the scale's."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    flag("--smoke", action="store_true", help="two steps and one seed: seconds")
-    flag("--seeds", type=int, default=3)
-    flag("--steps", type=int, default=defaults.get("steps", 60))
-    flag("--student", default=defaults.get("student", str(toy.MODELS / "S")))
-    flag("--teacher", default=defaults.get("teacher", str(toy.MODELS / "T2")))
-    flag("--task", default="toy")
-    flag("--questions", default="all:400:7")
-    flag("--held-out", default="all:60:99", help="evaluation questions")
-    flag("--batch", type=int, default=32, help="prompts a batch")
-    flag("--k", type=int, default=4, help="tokens of a top-k set; the toy vocabulary has 71")
-    flag("--max-tokens", type=int, default=80)
-    flag("--learning-rate", type=float, default=defaults.get("learning_rate", 1e-3))
-    flag("--samples", type=int, default=16, help="responses a question in evaluation")
-    flag("--folder", type=Path, default=Path("runs/rethinking") / name)
-    given = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="two steps and one seed: does it run")
+    parser.add_argument("--scale", choices=tuple(SCALES), default="toy")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=16, help="responses a question in evaluation")
+    parser.add_argument("--folder", type=Path, default=Path("runs/rethinking"), help="of runs, shared by the scripts")
+    for name, value in SCALES["toy"].items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def setting(given: argparse.Namespace) -> Setting:
+    """Makes the setting that parsed flags ask for."""
+    keep_compiled()
+    flag = {
+        name: value if getattr(given, name) is None else getattr(given, name)
+        for name, value in SCALES[given.scale].items()
+    }
+    if given.smoke:
+        tiny = {"steps": 2, "batch": 4, "micro_batch": 16}
+        flag |= tiny | ({"questions": "all:4:7", "held_out": "all:2:99"} if given.scale == "toy" else {})
+    shared = {name: flag[name] for name in ("student", "task", "questions", "steps", "batch", "micro_batch", "dtype")}
     config = TrainConfig(
-        student=given.student,
-        teacher=(f"teacher={given.teacher}",),
-        task=given.task,
-        questions=given.questions,
-        objective=ObjectiveConfig(k=given.k),
-        steps=2 if given.smoke else given.steps,
-        batch=4 if given.smoke else given.batch,
-        mini_batch=4 if given.smoke else given.batch,
-        micro_batch=16 if given.smoke else 4 * given.batch,
-        max_tokens=given.max_tokens,
-        learning_rate=given.learning_rate,
+        **shared,
+        teacher=(f"{Path(flag['teacher']).name}={flag['teacher']}",),
+        objective=ObjectiveConfig(k=flag["k"]),
+        mini_batch=flag["batch"],
+        max_tokens=flag["max_tokens"],
+        learning_rate=flag["learning_rate"],
         show_every=0,
-        save_every=max(1, given.steps // 3),
+        save_every=max(1, flag["steps"] // 3),
         keep=1,
     )
     samples = 2 if given.smoke else given.samples
-    held_out = "all:4:99" if given.smoke and given.task == "toy" else given.held_out
-    evaluation = EvalConfig(given.task, held_out, samples, 1.0, 1.0, given.max_tokens)
+    sampling = {name: flag[name] for name in ("temperature", "top_p")} | {"max_tokens": flag["evaluation_tokens"]}
+    evaluation = EvalConfig(flag["task"], flag["held_out"], samples, **sampling)
     folder = given.folder.with_name(f"{given.folder.name}-smoke") if given.smoke else given.folder
     return Setting(config, evaluation, 1 if given.smoke else given.seeds, folder, given.smoke)
 
 
-def configured(base: TrainConfig, arm: Arm, seed: int) -> TrainConfig:
-    """The configuration of an arm and seed."""
-    objective = replace(base.objective, **arm.objective)
-    changes = {"student": arm.student or base.student, **arm.changes}
-    return replace(base, objective=objective, seed=seed, **changes)
+@dataclass(frozen=True)
+class Compared:
+    """What `compare` found: a row a run, the runs' curves, and per milestone the share right of [run, question]."""
+
+    arms: Sequence[Arm]
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    correct: dict[str, pd.DataFrame]
 
 
-def compare(chosen: Setting, arms: Sequence[Arm]) -> pd.DataFrame:
-    """Trains every arm with every seed; a row each with accuracy before and after, the teacher's, and gap recovery."""
-    rows = []
+def compare(chosen: Setting, arms: Sequence[Arm]) -> Compared:
+    """Trains every arm with every seed."""
+    rows, curves, correct = [], [], {name: {} for name in MILESTONES}
     for seed in range(chosen.seeds):
         for arm in arms:
-            config, out = configured(chosen.config, arm, seed), chosen.folder / arm.name / str(seed)
-            if not (out / "student" / "model.safetensors").exists():
-                train(config, out, print)
-            teachers = [
-                value.partition("=")[2] for value in config.teacher if not value.partition("=")[2].startswith("self:")
-            ]
-            before, after = chosen.accuracy(config.student), chosen.accuracy(out / "student")
-            teacher = chosen.accuracy(teachers[0]) if teachers else float("nan")
-            last = curves(out).iloc[-min(10, config.steps) :].mean(numeric_only=True)
-            row = {"arm": arm.name, "seed": seed, "before": before, "after": after, "teacher": teacher}
-            row["gap_recovery"] = gap_recovery(before, after, teacher)
-            rows.append(row | {name: last.get(name, np.nan) for name in CURVES})
-            print(f"{arm.name} seed {seed}: {before:.3f} -> {after:.3f} (teacher {teacher:.3f})", flush=True)
-    return pd.DataFrame(rows)
+            config = chosen.config_of(arm, seed)
+            out = chosen.trained(config)
+            logged = metrics(out)
+            curves.append(logged[["step", *logged.columns.intersection(("rollout/accuracy", *CURVES))]])
+            curves[-1].insert(0, "seed", seed)
+            curves[-1].insert(0, "arm", arm.name)
+            for name, step in zip(MILESTONES, chosen.milestones):
+                correct[name][arm.name, seed] = chosen.correct(chosen.at(out, step))
+            reached = {name: runs[arm.name, seed].mean() for name, runs in correct.items()}
+            accuracies = _accuracies(chosen, config, reached)
+            rows.append({"arm": arm.name, "seed": seed} | accuracies | _dynamics(config, logged))
+            print(f"{arm.name} seed {seed}: {rows[-1]['before']:.3f} -> {rows[-1]['after']:.3f}", flush=True)
+    measured = {name: pd.DataFrame(runs).T for name, runs in correct.items()}
+    return Compared(arms, pd.DataFrame(rows), pd.concat(curves, ignore_index=True), measured)
 
 
-def curves(out: Path) -> pd.DataFrame:
-    """The logged metrics of a run, a row a step."""
+def metrics(out: Path) -> pd.DataFrame:
+    """Reads the logged metrics of a run, a row a step."""
     return pd.DataFrame([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
 
 
-def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of every column, and the standard error of the accuracy after training."""
-    grouped = runs.drop(columns="seed").groupby("arm", sort=False)
-    found = grouped.mean(numeric_only=True)
-    found.insert(2, "after_error", grouped["after"].sem())
-    return found.reset_index()
+def _accuracies(chosen: Setting, config: TrainConfig, reached: dict[str, float]) -> dict[str, float]:
+    before = chosen.correct(config.student).mean()
+    models = [value.partition("=")[2] for value in config.teacher]
+    teacher = chosen.correct(models[0]).mean() if models else np.nan
+    recovered = gap_recovery(before, reached["after"], teacher)
+    return {"before": before} | reached | {"teacher": teacher, "gap_recovery": recovered}
 
 
-def write(name: str, chosen: Setting, arms: Sequence[Arm], runs: pd.DataFrame) -> None:
-    """Prints the table; writes runs and settings as JSON and the curves as a figure, smoke results beside the run."""
-    folder = chosen.folder if chosen.smoke else RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    found = table(runs)
-    print(found.to_string(index=False, float_format="{:.3f}".format))
-    settings = {"config": dataclasses.asdict(chosen.config), "evaluation": dataclasses.asdict(chosen.evaluation)}
-    (folder / f"{name}.json").write_text(json.dumps(settings | {"runs": runs.to_dict("records")}, indent=1) + "\n")
-    figure, axes = plt.subplots(1, len(CURVES) + 1, figsize=(4 * (len(CURVES) + 1), 3), layout="constrained")
-    for arm in arms:
-        lines = [curves(chosen.folder / arm.name / str(seed)) for seed in range(chosen.seeds)]
-        for axis, metric in zip(axes, ("rollout/accuracy", *CURVES)):
-            present = [line[metric].to_numpy(float) for line in lines if metric in line]
-            if present:
-                axis.plot(np.nanmean(present, 0), label=arm.name)
-            axis.set(title=metric, xlabel="step")
-    axes[0].legend(fontsize="small")
-    figure.savefig(folder / f"{name}.png", dpi=100)
-    plt.close(figure)
+def _dynamics(config: TrainConfig, logged: pd.DataFrame) -> dict[str, float]:
+    """Sums a run up: its budget, where the curves begin and end, and how rough they are."""
+    responses = config.batch * config.group
+    found = {
+        "while_training": logged["rollout/accuracy"].mean(),
+        "tokens": logged["rollout/length"].sum() * responses,
+        "distilled": logged["gate/share"].mean(),
+        "gradient_peak": logged["train/gradient_norm"].max() / logged["train/gradient_norm"].median(),
+    }
+    tenth = max(1, len(logged) // 10)
+    for name in logged.columns.intersection(SUMMED_UP):
+        short = name.replace("/", "_")
+        found[f"{short}_first"] = logged[name].iloc[:tenth].mean()
+        found[f"{short}_last"] = logged[name].iloc[-tenth:].mean()
+    return found
