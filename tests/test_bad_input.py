@@ -269,8 +269,8 @@ def test_questions(task, content, said, root, capsys):
         ({"limit": 0}, ["limit: found 0"]),
         ({"limit": -1}, ["limit: found -1"]),
         ({"by_gradient": -1, "allocation": "paper"}, ["by_gradient: found -1"]),
-        ({"n_min": 50}, ["n_min: found with allocation exits, expected with paper"]),
-        ({"allocation": "paper", "exit_tokens": 9}, ["exit_tokens: found with allocation paper, expected with exits"]),
+        ({"n_min": 50}, ["--n-min with --allocation exits", "expected --allocation paper"]),
+        ({"allocation": "paper", "exit_tokens": 9}, ["--exit-tokens with --allocation paper", "--allocation exits"]),
         ({"demonstration_temperature": -1}, ["demonstration_temperature: found -1"]),
     ],
 )

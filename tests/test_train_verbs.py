@@ -83,7 +83,7 @@ def test_preflight_of_a_model_with_itself_is_no_go(tmp_path):
     verb = Preflight(student=T2, teacher=(f"S={S}",), out=str(file), **shared)
     with pytest.raises(SystemExit) as stopped:
         verb.run(screen)
-    assert stopped.value.code == 1
+    assert stopped.value.code == 4
     found = json.loads(file.read_text())
     assert found["go"] is False
     assert any("nothing to learn" in reason for reason in found["reasons"])

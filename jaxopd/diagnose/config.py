@@ -25,7 +25,7 @@ class DiagnoseConfig:
     task: str
     """boolq, mmlu, math or toy."""
     questions: str
-    """File (or MMLU folder) of questions."""
+    """File (or MMLU folder) of questions; of toy, FLAVOUR:NUMBER:SEED, as in all:2:7."""
     large: str | None = None
     """The larger model: writes summaries and @large demonstrations."""
     demonstrations: str | None = None
@@ -86,7 +86,9 @@ class DiagnoseConfig:
         for other in ALONE.keys() - {self.allocation}:
             for field in dataclasses.fields(DiagnoseConfig):
                 if field.name in ALONE[other] and getattr(self, field.name) != field.default:
-                    raise InputError(f"{field.name}: found with allocation {self.allocation}, expected with {other}")
+                    flag = "--" + field.name.replace("_", "-")
+                    found = f"{flag} with --allocation {self.allocation}, which does not look at it"
+                    raise InputError(f"{flag}: found {found}, expected --allocation {other}")
 
     @property
     def targeting(self) -> dict[str, float | int]:

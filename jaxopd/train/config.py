@@ -104,7 +104,7 @@ class TrainConfig:
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl; needs tensorboardX or wandb."""
     show_every: int = 20
-    """Steps between printed sample responses; 0 for none."""
+    """Steps between printed sample responses; 0 prints nothing, not even a line a step."""
     thinking: bool | None = None
     """enable_thinking of the chat template; None leaves its default."""
     slots: int = 256

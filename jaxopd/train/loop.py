@@ -131,7 +131,7 @@ class Trainer:
             self.report(f"step {step}: warning: {warning}")
         self.log.write(step, found)
         self.log.time(step, seconds)
-        self._show(step, batch, found)
+        self._show(step, batch, found, sum(seconds.values()))
         self.step += 1
         if self.step % config.save_every == 0:
             self._save()
@@ -185,13 +185,18 @@ class Trainer:
         found["train/reverse_kl"] = measured.mean_over(scored.reverse_kl, scored.mask)
         return found | measured.by_position(scored, correct)
 
-    def _show(self, step: int, batch: Batch, found: dict[str, Any]) -> None:
-        if not self.config.show_every or step % self.config.show_every:
+    def _show(self, step: int, batch: Batch, found: dict[str, Any], seconds: float) -> None:
+        if not self.config.show_every:
+            return
+        self.report(
+            f"step {step + 1} of {self.config.steps}: loss {found['train/loss']:.4f}, accuracy "
+            f"{found['rollout/accuracy']:.3f}, {found['rollout/length']:.0f} tokens a response, {seconds:.1f} s"
+        )
+        if step % self.config.show_every:
             return
         question, marks = self.setup.questions[batch.question[0]], {1: "correct", 0: "wrong", -1: "no answer"}
         self.report(
-            f"step {step}: loss {found['train/loss']:.4f}, accuracy {found['rollout/accuracy']:.3f}; "
-            f"{question.text[-200:]!r} -> {self.setup.text(batch.responses[0])[-300:]!r} "
+            f"  {question.text[-200:]!r} -> {self.setup.text(batch.responses[0])[-300:]!r} "
             f"({marks[int(batch.correct[0])]})"
         )
 

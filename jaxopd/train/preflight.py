@@ -20,6 +20,7 @@ from jaxopd.train.config import TrainConfig
 from jaxopd.train.health import rollout_metrics
 from jaxopd.train.metrics import Scored
 from jaxopd.train.setup import Setup, Teacher
+from jaxopd.tree.success import Z95
 
 MOST_FLOOR = 1e-3  # nats: the reverse KL of a model with itself
 LEAST_SHARED_MASS = 0.5
@@ -48,6 +49,9 @@ def preflight(config: TrainConfig) -> Preflight:
     correct = batch.correct == 1
     figures = rollout_metrics(batch) | measured.entropy_metrics(scored) | measured.overlap_metrics(scored)
     figures |= measured.reward_metrics(scored, correct) | measured.by_position(scored, correct)
+    right, wrong = correct.sum(), (~correct).sum()
+    # Of the AUROC of a reward that says nothing: its standard error, from the rank-sum statistic's variance.
+    figures["reward/auroc_error"] = float(np.sqrt((right + wrong + 1) / max(1, 12 * right * wrong)))
     if batch.log_p is not None:
         figures |= measured.engine_mismatch(scored, batch.log_p)
     figures["floor/reverse_kl"] = _floor(config, setup, batch)
@@ -85,7 +89,7 @@ def _reasons(figures: dict[str, Any], teachers: list[Teacher]) -> list[str]:
         theirs, ours = figures[f"accuracy/{name}"], figures["accuracy/student"]
         if theirs <= ours:
             found.append(f"teacher {name} answers {theirs:.1%} right and the student {ours:.1%}: nothing to learn")
-    if figures.get("reward/auroc", 1.0) < 0.5:
+    if figures.get("reward/auroc", 1.0) < 0.5 - Z95 * figures["reward/auroc_error"]:
         found.append(f"the reward prefers wrong responses (AUROC {figures['reward/auroc']:.2f})")
     shared = figures.get("overlap/mass_student_paper", 0.0)
     if shared < LEAST_SHARED_MASS:
@@ -101,9 +105,11 @@ def _cautions(figures: dict[str, Any], setup: Setup, scored: Scored) -> list[str
         found.append(f"{figures['rollout/truncated']:.0%} of the responses run into the length limit")
     if figures["rollout/accuracy"] in (0.0, 1.0):
         found.append("responses are all right or all wrong: the reward's reliability is unknown")
+    if 0.5 > (value := figures.get("reward/auroc", 1.0)) >= 0.5 - Z95 * figures["reward/auroc_error"]:
+        found.append(f"the reward prefers wrong responses (AUROC {value:.2f}), which so few may do by chance")
     pairs = zip(figures["position/start"], figures["position/auroc"])
     if unreliable := [int(start) for start, value in pairs if value is not None and value < 0.5]:
-        found.append(f"the reward stops telling right from wrong around token {unreliable[0]}")
+        found.append(f"in the window from token {unreliable[0]} on the reward prefers wrong responses")
     for teacher in setup.teachers:
         if teacher.spec.model is not None:
             theirs = chat_tokens(load_tokenizer(teacher.spec.model), setup.questions[0].text)

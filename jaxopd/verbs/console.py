@@ -17,6 +17,7 @@ from rich.table import Table
 
 from jaxopd.diagnose.session import Progress as Report
 from jaxopd.distributed import decided
+from jaxopd.errors import InputError
 from jaxopd.rollouts.plan import MemoryPlan
 
 NEWS = 1.5
@@ -71,6 +72,15 @@ class _LargerPlans(logging.Filter):
         return True
 
 
+def made_folder(path: str | Path) -> Path:
+    """Makes a folder for output, before anything is computed. Raises InputError where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: found no folder that can be written ({error.strerror}), expected one") from None
+    return Path(path)
+
+
 def show_report(console: Console, out: str) -> None:
     """Writes the report of a run and prints its ranking and where it lies; one process does it for all."""
     decided(lambda: _show_report(console, out))
@@ -78,9 +88,18 @@ def show_report(console: Console, out: str) -> None:
 
 def _show_report(console: Console, out: str) -> None:
     from jaxopd.report import ranking_table, write_report
+    from jaxopd.report.records import is_excluded, read_records
+    from jaxopd.report.tables import exit_cosines
 
-    written = write_report(out)
-    console.print(ranking_table(out))
+    written, records = write_report(out), read_records(out)
+    reasons = records.questions.loc[is_excluded(records.questions), "excluded"].value_counts()
+    left_out = "".join(f", {count} {reason}" for reason, count in reasons.items())
+    console.print(f"{len(records.questions) - reasons.sum()} of {len(records.questions)} questions analysed{left_out}")
+    if len(records.nodes):
+        if len(records.cosines):
+            table = exit_cosines(records.cosines)
+            console.print(as_table(table.title, table.cells), table.note, sep="\n")
+        console.print(ranking_table(records.nodes))
     console.print(f"report: {written['html']}")
 
 

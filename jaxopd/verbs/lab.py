@@ -17,7 +17,7 @@ from jaxopd.lab.own import load_own
 from jaxopd.lab.problems import random_problem, recorded_problems, run_config
 from jaxopd.lab.summary import aggregate_table, form_table, saving_table, success_table
 from jaxopd.tree import ESTIMATORS
-from jaxopd.verbs.console import as_table, bars
+from jaxopd.verbs.console import as_table, bars, made_folder
 
 RANDOM = DiagnoseConfig(student="random", teacher=("random",), task="toy", questions="random")  # its budgets alone
 
@@ -59,6 +59,8 @@ class Lab:
 
     def run(self, console: Console) -> None:
         base = run_config(self.runs[0]) if self.runs else RANDOM
+        if self.out is not None:
+            made_folder(self.out)
         if other := [run for run in self.runs if run_config(run).tau != base.tau]:
             raise InputError(f"{other[0]}: found another tau than {self.runs[0]}'s, expected runs of one tau")
         own_forms = _added(FORMS, self.form)
@@ -90,7 +92,6 @@ class Lab:
             if len(table):
                 console.print(as_table(title, _printed(table)))
             if self.out is not None:
-                Path(self.out).mkdir(parents=True, exist_ok=True)
                 table.to_csv(Path(self.out) / f"{name}.csv", index=False)
         if self.out is not None:
             errors.success.to_csv(Path(self.out) / "errors_success.csv", index=False)

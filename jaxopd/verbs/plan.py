@@ -1,6 +1,7 @@
 """jaxopd plan."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
@@ -17,6 +18,17 @@ Work = (
     Annotated[DiagnosisWork, tyro.conf.subcommand("diagnosis")]
     | Annotated[TrainingWork, tyro.conf.subcommand("training")]
 )
+
+MORE = "spread over more memory, or take smaller models"
+FEWER_SLOTS = "--slots with fewer of them"
+ADVICE = {  # what lowers a part of a plan
+    "activations": "--remat, then a smaller --micro-batch",
+    "head": "a smaller --micro-batch",
+    "suffix": FEWER_SLOTS,
+    "trunks": FEWER_SLOTS,
+    "workspace": FEWER_SLOTS,
+    "states": "a smaller --batch",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +61,24 @@ class MakePlan:
                 raise InputError(f"{field.name}: found {value}, expected a number that a run can have")
         if self.reached is not None and not 0 < self.reached <= 1:
             raise InputError(f"--reached: found {self.reached}, expected a share above 0 up to 1")
-        student = QwenConfig.from_json(self.student)
-        teachers = dict(_named(argument) for argument in self.teacher)
+        student = _config(self.student)
+        named = [_named(argument) for argument in self.teacher]
+        teachers = dict(named)
+        if len(teachers) < len(named):
+            name = max((name for name, _ in named), key=[name for name, _ in named].count)
+            raise InputError(f"--teacher {name}: found the name twice, expected different names")
         hardware = find_hardware(self.hardware, student, self.work.dtype, self.work.slots)
         if self.reached is not None:
             hardware = dataclasses.replace(hardware, reached=self.reached)
         if isinstance(self.work, TrainingWork):
             plan = plan_training_run(student, teachers, self.work, hardware, self.devices)
         else:
-            large = QwenConfig.from_json(self.large) if self.large else None
+            large = _config(self.large) if self.large else None
             plan = plan_diagnosis(student, teachers, large, self.work, hardware, self.devices)
         console.print(memory_table(plan))
         console.print(as_table("Time", time_table(plan.stages)))
+        if not isinstance(self.work, TrainingWork):
+            console.print("rewards: a teacher reads all initial rollouts, for the forms that average them")
         console.print(summary(plan, self.devices), markup=False)
         if hardware.kind.startswith("NVIDIA"):
             told = "by default; with XLA_PYTHON_CLIENT_MEM_FRACTION=1 a run has what is planned with here"
@@ -71,7 +89,14 @@ def _named(argument: str) -> tuple[str, QwenConfig]:
     name, equals, path = argument.partition("=")
     if not (name and equals and path):
         raise InputError(f"--teacher: found {argument!r}, expected NAME=path/to/config.json")
-    return name, QwenConfig.from_json(path)
+    if path.startswith("self:"):
+        raise InputError(f"--teacher {argument}: found a teacher with a context, expected its number, --self-teachers")
+    return name, _config(path)
+
+
+def _config(path: str) -> QwenConfig:
+    """Reads a config.json, or the one of a model's folder."""
+    return QwenConfig.from_json(Path(path) / "config.json" if Path(path).is_dir() else path)
 
 
 def memory_table(plan: Plan):
@@ -102,7 +127,8 @@ def time_table(stages: list[Stage]) -> pd.DataFrame:
 def summary(plan: Plan, devices: int) -> str:
     """Says in a few sentences whether it fits, how long it takes and what binds."""
     phase, held = plan.largest
-    fits = "fits" if held <= plan.budget else "does not fit: spread over more memory, or plan with fewer slots"
+    part = max(plan.memory[phase], key=lambda name: plan.memory[phase][name])
+    fits = "fits" if held <= plan.budget else f"does not fit, most of it {part}: {ADVICE.get(part, MORE)}"
     binding = max(plan.stages, key=lambda stage: stage.seconds)
     hours = plan.seconds / 3600
     return (

@@ -14,7 +14,9 @@ from jaxopd.train.config import GateConfig, TrainConfig
 from jaxopd.train.corpus import CorpusConfig, write_corpus
 from jaxopd.train.evaluate import EvalConfig, evaluate, gap_recovery, summary
 from jaxopd.train.objectives import ObjectiveConfig
-from jaxopd.verbs.console import as_table
+from jaxopd.verbs.console import as_table, made_folder
+
+NO_GO = 4  # exit code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class TrainFlags(TrainConfig):
     def checked(self) -> TrainConfig:
         """Gives the configuration, or InputError on a value out of range."""
         fields = _fields(self, TrainConfig)
+        for name, wanted in (("student", "a model folder or hub id"), ("questions", "a file of them")):
+            if not getattr(self, name):
+                raise InputError(f"--{name}: found none, expected {wanted}")
         objective = ObjectiveConfig(**_fields(self.objective, ObjectiveConfig))
         return TrainConfig(**fields | {"objective": objective, "gate": GateConfig(**_fields(self.gate, GateConfig))})
 
@@ -64,7 +69,7 @@ class Train(TrainFlags):
 
 @dataclasses.dataclass(frozen=True)
 class Preflight(TrainFlags):
-    """Measures on one batch whether a student and a teacher are worth training: go or no-go, with reasons."""
+    """Measures on one batch whether a student and a teacher are worth training: go, or no-go (exit code 4)."""
 
     out: str = ""
     """File that gets the figures as JSON; none by default."""
@@ -72,7 +77,10 @@ class Preflight(TrainFlags):
     def run(self, console: Console) -> None:
         from jaxopd.train.preflight import preflight
 
-        found = preflight(self.checked())
+        config = self.checked()
+        if self.out:
+            made_folder(Path(self.out).parent)
+        found = preflight(config)
         numbers = {name: value for name, value in found.figures.items() if isinstance(value, float)}
         console.print(as_table("Student-visited states", pd.DataFrame(sorted(numbers.items()), columns=["", "value"])))
         windows = {k.partition("/")[2]: v for k, v in found.figures.items() if k.startswith("position/")}
@@ -86,7 +94,7 @@ class Preflight(TrainFlags):
             verdict = {"go": found.go, "reasons": found.reasons, "cautions": found.cautions}
             Path(self.out).write_text(json.dumps(verdict | {"figures": found.figures}, indent=1) + "\n")
         if not found.go:
-            raise SystemExit(1)
+            raise SystemExit(NO_GO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +116,12 @@ class Evaluate(EvalConfig):
         if not self.model:
             raise InputError("--model: found none, expected at least one model to evaluate")
         rows = []
+        if self.out:
+            made_folder(self.out)
         for index, path in enumerate(self.model):
             table = evaluate(load_model(path, dtype=self.dtype), load_tokenizer(path), config)
             rows.append({"model": path} | summary(table))
             if self.out:
-                Path(self.out).mkdir(parents=True, exist_ok=True)
                 table.to_parquet(Path(self.out) / f"{index}-{Path(path).name}.parquet")
         found = pd.DataFrame(rows)
         if len(found) > 2:
