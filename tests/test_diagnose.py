@@ -159,8 +159,14 @@ def test_lost_pieces_come_back_the_same(folder, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"low_discrepancy": True, "teacher_agnostic": True, "decide": ("Self-1C", "T2")}],
-    ids=["plain", "even, agnostic, decided"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param(
+            {"low_discrepancy": True, "teacher_agnostic": True, "decide": ("Self-1C", "T2")},
+            id="even, agnostic, decided",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_exits_take_fewer_rollouts_and_none_on_a_path(folder, tmp_path, options) -> None:
     config = dataclasses.replace(EXITS, exit_tokens=4000, target_se=0.02, limit=2, **options)

@@ -53,6 +53,7 @@ if is_first():
 """
 
 
+@pytest.mark.slow
 def test_rollouts_of_two_processes_are_those_of_one() -> None:
     with started(joined(["-c", ROLL_OUT, str(MODELS / "S")], 2)) as running:
         ended = finish(running)
