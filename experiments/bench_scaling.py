@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import peak_memory
 from bench_rollouts import Case, decode_phase, floor_of
 from benchmarking import (
     MachineFloor,
@@ -43,7 +44,6 @@ FAST = QwenConfig(1031, 256, 768, 4, 4, 2, 64, max_positions=40960, tie_embeddin
 WIDE_CACHE = QwenConfig(1031, 64, 128, 2, 4, 4, 64, max_positions=40960, initializer_range=0.05)  # 4 kB a token
 LENGTHS = (200, 500, 1_000, 2_000, 4_000, 8_000)
 IN_FLIGHT, SLOTS, IN_ALL = (64, 128, 256, 512), 64, (64, 512, 2_048)
-CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,13 @@ def peak_of(run: Run) -> dict[str, float]:
         limit = np.random.default_rng(0).integers(1, run.tokens + 1, run.rollouts)
         requests = replace(requests, limit=limit)
     engine.run(trunks, requests, sampling)  # compiles
-    before = _bytes("VmRSS")
-    CLEAR_REFS.write_text("5")  # the peak is now what is held
+    before = peak_memory.held()
+    peak_memory.forget_peak()
     start = time.perf_counter()
     drawn = engine.run(trunks, requests, sampling).length.sum()
     seconds, plan = time.perf_counter() - start, engine.plan(trunks, requests, sampling)
-    held = _bytes("VmHWM") - before + plan.weights
+    held = peak_memory.peak() - before + plan.weights
     return {"held": held, "planned": plan.total, "seconds": seconds, "drawn": int(drawn)}
-
-
-def _bytes(field: str) -> int:
-    return 1024 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field))
 
 
 def measured(run: Run) -> Measurement:
@@ -177,7 +173,7 @@ def main() -> None:
     machine = machine_floor(smoke=options.smoke)
     if options.only != "memory":
         against_trunk(machine, options.smoke, options.folder)
-    if options.only != "trunk" and CLEAR_REFS.exists():
+    if options.only != "trunk" and peak_memory.CLEAR_REFS.exists():
         against_rollouts(machine, options.smoke, options.folder)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import peak_memory
 
 from jaxopd.models import QwenConfig, init_model
 from jaxopd.models.sharding import data_mesh
@@ -32,7 +33,6 @@ from jaxopd.plan.roofline import decoding, reading
 from jaxopd.rollouts import Engine, Requests, Sampling
 
 REPEATS = 3
-CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 RESULTS = Path(__file__).parent / "results" / "plan_measured_cpu.json"
 
 
@@ -70,10 +70,10 @@ def compared(case: Case) -> dict[str, float]:
     requests, sampling = Requests.continuations(trunks, case.rollouts), Sampling(case.tokens, seed=0)
     rates = [measured(case.config, case.dtype, case.rollouts, time.process_time)]
     engine.run(trunks, requests, sampling)  # compiles
-    before, seconds = _bytes("VmRSS"), []
-    CLEAR_REFS.write_text("5")  # the peak is now what is held
+    before, seconds = peak_memory.held(), []
+    peak_memory.forget_peak()
     engine.run(trunks, requests, replace(sampling, top_p=0.95))  # the plan provides for it
-    held = _bytes("VmHWM") - before + engine.weights
+    held = peak_memory.peak() - before + engine.weights
     for _ in range(REPEATS):
         began = time.process_time()
         engine.run(trunks, requests, sampling)
@@ -99,10 +99,6 @@ def compared(case: Case) -> dict[str, float]:
         "of it prefill": stages[0].seconds,
         **{f"measured {name}": rate for name, rate in fastest.items()},
     }
-
-
-def _bytes(field: str) -> int:
-    return 1024 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field))
 
 
 def main() -> None:

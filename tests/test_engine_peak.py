@@ -2,14 +2,17 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-PROC = Path("/proc/self/clear_refs")
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+memory = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "peak_memory.py")))
 TOLERANCE = 0.1
 
 
@@ -25,20 +28,15 @@ def peak_of_a_run(trunk: int, slots: int, tokens: int) -> dict[str, int]:
     trunks, sampling = [np.arange(trunk) % config.vocab_size], Sampling(tokens, seed=0)
     requests = Requests.continuations(trunks, slots)
     engine.run(trunks, requests, sampling)
-    before = _bytes("VmRSS")
-    PROC.write_text("5")  # the peak is now what is held
+    before = memory.held()
+    memory.forget_peak()
     engine.run(trunks, requests, sampling)
     plan = engine.plan(trunks, requests, sampling)
-    return {"held": _bytes("VmHWM") - before + plan.weights, "planned": plan.total}
-
-
-def _bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return {"held": memory.peak() - before + plan.weights, "planned": plan.total}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PROC.exists(), reason="the peak of a process is read as Linux tells it")
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="the peak of a process is read as Linux tells it")
 def test_the_peak_at_a_long_trunk_is_the_planned_one() -> None:
     told = subprocess.run([sys.executable, __file__], env=os.environ, capture_output=True, text=True, check=True)
     found = json.loads(told.stdout.splitlines()[-1])

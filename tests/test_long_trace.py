@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,8 @@ BUDGETS = {
 }
 HERE = Path(__file__).resolve().parent
 TOKENIZER = HERE.parent / "jaxopd" / "toy" / "models" / "S"
-PROC = Path("/proc/self/clear_refs")
+EXPERIMENTS = HERE.parent / "experiments"
+memory = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "peak_memory.py")))
 # Bytes of compiled programs, tables of 120,000 rows and libraries; with exits three nodes in four are decision nodes,
 # and the report bounds the numbers of each.
 PROGRAMS = {"paper": 0.8e9, "exits": 1.1e9}
@@ -103,11 +105,6 @@ class Plans(logging.Handler):
         self.found += [x for x in record.args or () if isinstance(x, MemoryPlan)]
 
 
-def _bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def long_run(folder: Path, allocation: str) -> dict[str, float]:
     """Diagnoses the long trace; gives the peak memory of each stage over what was held before, and the plans'."""
     from jaxopd.diagnose import DiagnoseConfig, diagnose
@@ -132,13 +129,13 @@ def long_run(folder: Path, allocation: str) -> dict[str, float]:
     log, plans = logging.getLogger("jaxopd"), Plans()
     log.addHandler(plans)
     log.setLevel(logging.INFO)
-    out, before, peaks = str(folder / "run"), _bytes("VmRSS"), {}
+    out, before, peaks = str(folder / "run"), memory.held(), {}
     now = ["start"]
 
     def stage(name: str, done: int, total: int) -> None:
         if name != now[0]:
-            peaks[now[0]] = _bytes("VmHWM") - before
-            PROC.write_text("5")  # the peak is now what is held
+            peaks[now[0]] = memory.peak() - before
+            memory.forget_peak()
             now[0] = name
 
     session = Session(config, out, stage)
@@ -148,7 +145,7 @@ def long_run(folder: Path, allocation: str) -> dict[str, float]:
     stage("report", 0, 1)
     written = write_report(out)
     stage("figure 7", 0, 1)
-    sys.path.insert(0, str(HERE.parent / "experiments" / "unmasking"))
+    sys.path.insert(0, str(EXPERIMENTS / "unmasking"))
     from figure7 import make
     from study import Setting, Study
 
@@ -169,7 +166,7 @@ def long_run(folder: Path, allocation: str) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("allocation", list(BUDGETS))
-@pytest.mark.skipif(not PROC.exists(), reason="the peak of a process is read as Linux tells it")
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="the peak of a process is read as Linux tells it")
 def test_a_long_trace_is_diagnosed_and_reported(allocation, tmp_path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, not eight
     command = [sys.executable, __file__, str(tmp_path), allocation]

@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,8 @@ from jaxopd.train.objectives import ObjectiveConfig, make_objective
 from jaxopd.train.plan import activation_bytes, head_bytes
 from jaxopd.train.step import LossSettings, Targets, add_gradients
 
-PROC = Path("/proc/self/clear_refs")
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+memory = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "peak_memory.py")))
 DEEP = QwenConfig(1031, 96, 288, 3, 4, 2, 24)
 WIDE_VOCABULARY = QwenConfig(20_011, 64, 128, 1, 2, 1, 32)
 
@@ -81,19 +84,14 @@ def peak_of_a_step(folder: str) -> dict[str, int]:
     )
     trainer = Trainer(config, folder)
     trainer.advance()
-    before = _bytes("VmRSS")
-    PROC.write_text("5")  # the peak is now what is held
+    before = memory.held()
+    memory.forget_peak()
     trainer.advance()
-    return {"held": _bytes("VmHWM") - before + trainer.plan.held, "planned": trainer.plan.total}
-
-
-def _bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return {"held": memory.peak() - before + trainer.plan.held, "planned": trainer.plan.total}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PROC.exists(), reason="the peak of a process is read as Linux tells it")
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="the peak of a process is read as Linux tells it")
 def test_a_step_runs_within_its_plan(tmp_path):
     environment = {**os.environ, "XLA_FLAGS": ""}
     command = [sys.executable, __file__, str(tmp_path / "run")]

@@ -10,6 +10,7 @@ from jaxopd.diagnose.session import Session
 from jaxopd.distributed import decided
 from jaxopd.gradients import logit_gradient
 from jaxopd.rollouts import Requests
+from jaxopd.rollouts.engine import widened
 from jaxopd.tree import (
     Branches,
     Counts,
@@ -56,15 +57,10 @@ def _initial(session: Session, index: int, low: int, n: int) -> dict[str, np.nda
 def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Puts batches of rollouts after each other."""
     width = max(part["tokens"].shape[1] for part in parts)
-    return {name: np.concatenate([_wide(part[name], width) for part in parts]) for name in parts[0]}
-
-
-def _wide(array: np.ndarray, width: int) -> np.ndarray:
-    """Pads the token axis, if there is one, as the engine does."""
-    if array.ndim == 1:
-        return array
-    fill = -1 if np.issubdtype(array.dtype, np.integer) else 0
-    return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
+    return {
+        name: np.concatenate([part[name] if part[name].ndim == 1 else widened(part[name], width) for part in parts])
+        for name in parts[0]
+    }
 
 
 def enrich(session: Session, chosen: list[int]) -> None:

@@ -115,10 +115,10 @@ def _memory(
     own = weight_bytes(student, work.dtype)
     trunk = work.prompt_tokens + work.max_tokens
     engine = rollout_memory(student, work, hardware, devices, work.paths, trunk)
-    phases = {"targeted rollouts": _parts(engine, devices)}
+    phases = {"targeted rollouts": parts_of_each(engine, devices)}
     if large is not None:
         theirs = rollout_memory(large, work, hardware, devices, 1, work.prompt_tokens, also=own)
-        phases["demonstrations, large"] = {"student": own} | _parts(theirs, devices)
+        phases["demonstrations, large"] = {"student": own} | parts_of_each(theirs, devices)
     width = work.context_tokens * bool(work.self_teachers) + trunk
     rows = max(1, min(work.paths, TOKENS_AT_ONCE // width))
     for name, config in teachers.items() or {"self-teacher": student}.items():
@@ -154,5 +154,6 @@ def rollout_memory(
     )
 
 
-def _parts(plan: MemoryPlan, devices: int) -> dict[str, float]:
-    return {name: getattr(plan, name) / devices for name in ("weights", "trunks", "suffix", "workspace")}
+def parts_of_each(plan: MemoryPlan, devices: int) -> dict[str, float]:
+    """Gives the parts of an engine's plan on each device."""
+    return {name: size / devices for name, size in plan.parts.items()}

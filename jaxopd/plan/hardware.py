@@ -1,6 +1,5 @@
 """Hardware as a plan sees it: memory, FLOP/s and bytes/s of a device; published ones, or this machine's measured."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jaxopd_kernels.choice import DEVICES
 
 from jaxopd.errors import InputError
 from jaxopd.models.config import QwenConfig
+from jaxopd.rollouts.plan import free_memory
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def measured(config: QwenConfig, dtype: str, slots: int, clock: Callable[[], flo
 
     logits = jnp.ones((slots, config.vocab_size), jnp.float32)
     bandwidth = 3 * logits.nbytes / _seconds(lambda: softened(logits), clock)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Hardware(jax.devices()[0].device_kind, free, rate(LONG_ROWS), bandwidth, rate(slots))
+    return Hardware(jax.devices()[0].device_kind, free_memory(), rate(LONG_ROWS), bandwidth, rate(slots))
 
 
 def _seconds(run: Callable[[], jax.Array], clock: Callable[[], float]) -> float:

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxopd.models.config import QwenConfig
 from jaxopd.models.qwen import Qwen
 from jaxopd.plan.hardware import Hardware
+from jaxopd.rollouts.plan import cached_token
 from jaxopd.rollouts.suffix import ring_width
 
 LOGIT_PASSES = 6  # over float32 logits, to draw a token: those that `decode_bytes` counts
@@ -57,11 +58,6 @@ def matrix_numbers(config: QwenConfig) -> int:
     """Counts the numbers of the layers' matrices: L (2 D H h + 2 D K h + 3 D F)."""
     attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     return config.num_layers * config.hidden_size * (attention + 3 * config.intermediate_size)
-
-
-def cached_token(config: QwenConfig, itemsize: int) -> int:
-    """Counts the bytes of a token's keys and values."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
 
 
 def decoding(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 
 from jaxopd.models.config import QwenConfig
-from jaxopd.plan.diagnosis import Plan
+from jaxopd.plan.diagnosis import Plan, parts_of_each
 from jaxopd.plan.hardware import Hardware, ImaginedMesh
 from jaxopd.plan.roofline import Operation, abstract_model, decoding, reading, stage
 from jaxopd.rollouts.plan import USABLE
@@ -98,10 +98,9 @@ def training_memory(
 def _parts(plan: TrainingPlan, devices: int) -> dict[str, dict[str, float]]:
     held = {name: getattr(plan, name) / devices for name in ("masters", "optimizer", "teachers")}
     shared = {name: getattr(plan, name) / devices for name in ("states", "weights")}
-    of_rollout = {name: getattr(plan.rollout, name) / devices for name in ("weights", "trunks", "suffix", "workspace")}
     of_update = {name: getattr(plan, name) / devices for name in ("gradients", "activations", "head")}
     return {
-        "rollout": held | of_rollout,
+        "rollout": held | parts_of_each(plan.rollout, devices),
         "scoring": held | shared | {"workspace": plan.scoring / devices},
         "update": held | shared | of_update,
     }

@@ -82,8 +82,7 @@ class Engine:
                     # Few rollouts are as long as they may be: columns are added as they are needed.
                     if (needed := int(new.step.max(initial=-1)) + 1) > tokens.shape[1]:
                         width = min(sampling.max_tokens, bucket(needed))
-                        tokens = _widened(tokens, width, -1)
-                        raw, sampled = _widened(raw, width), _widened(sampled, width)
+                        tokens, raw, sampled = (widened(array, width) for array in (tokens, raw, sampled))
                     at = new.row, new.step
                     tokens[at], raw[at], sampled[at] = new.token, new.raw_logp, new.sampling_logp
                     ended = new.reason >= 0
@@ -175,7 +174,9 @@ class Engine:
                     upcoming = wave(low + plan.groups)
 
 
-def _widened(array: np.ndarray, width: int, fill: float = 0) -> np.ndarray:
+def widened(array: np.ndarray, width: int) -> np.ndarray:
+    """Pads the token axis of what belongs to rollouts: tokens with -1, numbers with 0."""
+    fill = -1 if np.issubdtype(array.dtype, np.integer) else 0
     return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
 
 

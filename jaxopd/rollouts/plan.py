@@ -32,11 +32,15 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.trunks + self.suffix + self.workspace
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes of each part."""
+        return {name: getattr(self, name) for name in ("weights", "trunks", "suffix", "workspace")}
 
     def __str__(self) -> str:
-        names = ("weights", "trunks", "suffix", "workspace")
-        parts = ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in names)
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items())
         return f"{self.groups} x {self.slots} slots: {self.total / 1e9:.2f} of {self.budget / 1e9:.2f} GB ({parts})"
 
 
@@ -65,7 +69,7 @@ def plan_memory(
     Slots are halved from `slots` until the total fits `budget` (default: `device_budget`), or one a device is left.
     """
     budget = device_budget(mesh, weights) if budget is None else budget
-    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    token = cached_token(config, jnp.dtype(dtype).itemsize)
     L = trunk_bucket(trunk_length)
     while True:
         N, B = groups_of_slots(trunks, most, slots, mesh.size)
@@ -78,6 +82,11 @@ def plan_memory(
         if plan.total <= budget or slots <= mesh.size:
             return plan
         slots = max(mesh.size, slots // 2)
+
+
+def cached_token(config: QwenConfig, itemsize: int) -> int:
+    """Counts the bytes of a token's keys and values."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
 
 
 def groups_of_slots(trunks: int, most: int, slots: int, devices: int) -> tuple[int, int]:
@@ -100,4 +109,9 @@ def _local_budget(mesh: jax.sharding.Mesh, counted: int) -> int:
     if all("bytes_limit" in s for s in stats):
         held = sum(s.get("bytes_in_use", 0) for s in stats)
         return int(USABLE * sum(s["bytes_limit"] for s in stats)) - max(0, held - counted)
-    return int(USABLE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return int(USABLE * free_memory())
+
+
+def free_memory() -> int:
+    """Gives the bytes of memory that nothing uses on this machine."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -92,8 +92,8 @@ class Wave:
         ring, pages = Ring(*self._caches(width, self.layout.groups * self.layout.slots)), self._pages(0)
         settings, now = _settings(self.sampling), 0
         while True:
-            place = self.trunks, pages, self.queue, ring, self.slots
-            ring, self.slots, *out = decode_block(self.graph, self.state, *place, np.int32(now), settings, self.layout)
+            held = self.trunks, pages, self.queue, ring, self.slots
+            ring, self.slots, *out = decode_block(self.graph, self.state, *held, np.int32(now), settings, self.layout)
             log, active, self.waiting, needed = fetch(out)
             steps, groups, _ = picked = np.nonzero(log.request >= 0)
             row = np.empty(len(steps), np.int64)
