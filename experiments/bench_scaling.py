@@ -37,7 +37,7 @@ from benchmarking import (
 )
 
 from jaxopd.models import QwenConfig, init_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts import Engine, Requests, Sampling
 
 FAST = QwenConfig(1031, 256, 768, 4, 4, 2, 64, max_positions=40960, tie_embeddings=True)
@@ -74,7 +74,7 @@ def step_times(lengths: Sequence[int], machine: MachineFloor, smoke: bool) -> li
 
 def peak_of(run: Run) -> dict[str, float]:
     """Gives, in bytes, what a run holds at its peak and what its plan says, and its seconds; for a fresh process."""
-    engine = Engine(init_model(WIDE_CACHE), slots=run.slots, mesh=data_mesh(1))
+    engine = Engine(init_model(WIDE_CACHE), slots=run.slots, mesh=device_mesh(1))
     trunks, sampling = [np.arange(512) % WIDE_CACHE.vocab_size], Sampling(run.tokens, seed=0)
     requests = Requests.continuations(trunks, run.rollouts)
     if run.differ:

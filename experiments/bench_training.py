@@ -34,7 +34,7 @@ from training_peers import PlainLoop, gkd_steps
 
 from jaxopd import toy
 from jaxopd.models import QwenConfig, init_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.train.batch import Sequences
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.loop import Trainer, optimizer
@@ -69,7 +69,7 @@ class Step:
     """The learning parts of a jaxopd step, each callable by itself and all in a row."""
 
     def __init__(self, learning: Learning):
-        self.learning, self.mesh, self.transform = learning, data_mesh(1), optimizer(TrainConfig(teacher=("T=",)))
+        self.learning, self.mesh, self.transform = learning, device_mesh(1), optimizer(TrainConfig(teacher=("T=",)))
         self.graph, params = learning.student
         self.params = jax.tree.map(jnp.copy, params)
         self.opt_state = self.transform.init(self.params)
@@ -209,7 +209,7 @@ def toy_trainer(folder: Path, smoke: bool) -> Trainer:
         save_every=10**6,
         show_every=0,
     )
-    return Trainer(config, folder / "run", mesh=data_mesh(1))
+    return Trainer(config, folder / "run", mesh=device_mesh(1))
 
 
 def whole_steps(trainer: Trainer, folder: Path, machine: MachineFloor, repeats: int) -> list[Measurement]:

@@ -25,7 +25,7 @@ import numpy as np
 import peak_memory
 
 from jaxopd.models import QwenConfig, init_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.plan import DiagnosisWork
 from jaxopd.plan.diagnosis import rollout_memory
 from jaxopd.plan.hardware import measured
@@ -65,7 +65,7 @@ CASES = {
 
 def compared(case: Case) -> dict[str, float]:
     """Runs a case in this process; gives bytes and seconds, measured and planned."""
-    engine = Engine(init_model(case.config, dtype=case.dtype), slots=case.rollouts, mesh=data_mesh(1))
+    engine = Engine(init_model(case.config, dtype=case.dtype), slots=case.rollouts, mesh=device_mesh(1))
     trunks = [np.arange(case.trunk) % case.config.vocab_size]
     requests, sampling = Requests.continuations(trunks, case.rollouts), Sampling(case.tokens, seed=0)
     rates = [measured(case.config, case.dtype, case.rollouts, time.process_time)]

@@ -15,7 +15,7 @@ from safetensors.flax import load_file
 from jaxopd import load_model, rollout
 from jaxopd.distributed import Hosts, decided, fetch, place
 from jaxopd.errors import InputError
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.toy import MODELS
 
 here = runpy.run_path(str(Path(__file__).with_name("processes.py")))
@@ -39,11 +39,11 @@ from jaxopd import load_model, rollout
 from jaxopd.distributed import Hosts, fetch, is_first, place
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 
 flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 Hosts(True, flags["--coordinator"], int(flags["--processes"]), int(flags["--process"])).join()
-mesh = data_mesh()
+mesh = device_mesh()
 assert mesh.size == 2 * jax.process_count()
 there = place(np.arange(24.0).reshape(8, 3), NamedSharding(mesh, PartitionSpec("data")))
 assert fetch({"x": there + 1})["x"].tolist() == (np.arange(24.0).reshape(8, 3) + 1).tolist()
@@ -102,8 +102,8 @@ def test_bad_addresses(hosts, variable, found, monkeypatch) -> None:
 
 def test_a_single_process_decides_and_fetches_for_itself() -> None:
     Hosts().join()
-    there = place({"x": np.arange(16.0)}, NamedSharding(data_mesh(), PartitionSpec("data")))
-    assert len(there["x"].addressable_shards) == data_mesh().size
+    there = place({"x": np.arange(16.0)}, NamedSharding(device_mesh(), PartitionSpec("data")))
+    assert len(there["x"].addressable_shards) == device_mesh().size
     assert fetch(there)["x"].tolist() == list(range(16))
     kept = object()
     assert decided(lambda: kept) is kept

@@ -9,7 +9,7 @@ from scipy import stats
 
 from jaxopd.errors import InputError
 from jaxopd.models import QwenConfig, init_model, logits
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts import LENGTH, STOP, Engine, Requests, Sampling, decode, rollout
 from jaxopd.rollouts.sampling import draw, request_keys, warp
 
@@ -39,7 +39,7 @@ def requests(trunks):
 
 @pytest.fixture(scope="module")
 def answered(model, trunks, requests):
-    return Engine(model, slots=64, mesh=data_mesh(1)).run(trunks, requests, SAMPLING)
+    return Engine(model, slots=64, mesh=device_mesh(1)).run(trunks, requests, SAMPLING)
 
 
 def test_tokens_and_log_probs_are_those_of_a_forward_pass_from_scratch(model, trunks, requests, answered) -> None:
@@ -78,7 +78,7 @@ def test_finish_reasons(requests, answered) -> None:
 
 @pytest.mark.parametrize(("slots", "devices"), [(1, 1), (7, 1), (64, 8)])
 def test_tokens_do_not_depend_on_slots_or_devices(model, trunks, requests, answered, slots, devices) -> None:
-    again = Engine(model, slots=slots, mesh=data_mesh(devices)).run(trunks, requests, SAMPLING)
+    again = Engine(model, slots=slots, mesh=device_mesh(devices)).run(trunks, requests, SAMPLING)
     np.testing.assert_array_equal(again.tokens, answered.tokens)
     np.testing.assert_allclose(again.raw_logp, answered.raw_logp, atol=1e-5, rtol=0)
 
@@ -88,12 +88,12 @@ def test_a_subset_of_requests_gives_the_same_tokens(model, trunks, requests, ans
     part = Requests(
         *(getattr(requests, f.name)[chosen] for f in dataclasses.fields(requests) if f.name not in ("limit", "spread"))
     )
-    again = Engine(model, slots=64, mesh=data_mesh(1)).run(trunks, part, SAMPLING)
+    again = Engine(model, slots=64, mesh=device_mesh(1)).run(trunks, part, SAMPLING)
     np.testing.assert_array_equal(again.tokens, answered.tokens[chosen][:, : again.tokens.shape[1]])
 
 
 def test_other_settings_compile_nothing_new(model, trunks, requests) -> None:
-    runner = Engine(model, slots=64, mesh=data_mesh(1))
+    runner = Engine(model, slots=64, mesh=device_mesh(1))
     runner.run(trunks, requests, SAMPLING)
     before = decode.decode_block._cache_size()
     changed = Sampling(40, stop_ids=(9,), temperature=0.6, top_p=0.9, top_k=12, seed=3)
@@ -103,7 +103,7 @@ def test_other_settings_compile_nothing_new(model, trunks, requests) -> None:
 
 
 def test_greedy_draws_the_argmax(model, trunks, requests) -> None:
-    out = Engine(model, slots=64, mesh=data_mesh(1)).run(trunks, requests, Sampling(40, temperature=0.0))
+    out = Engine(model, slots=64, mesh=device_mesh(1)).run(trunks, requests, Sampling(40, temperature=0.0))
     assert np.abs(out.sampling_logp).max() == 0
     i = int(np.flatnonzero(requests.forced < 0)[0])
     prompt = trunks[requests.trunk[i]][: requests.cut[i]]
@@ -112,7 +112,7 @@ def test_greedy_draws_the_argmax(model, trunks, requests) -> None:
 
 def test_limits_per_request(model, trunks, requests) -> None:
     limit = 1 + np.arange(200) % 5
-    out = Engine(model, slots=64, mesh=data_mesh(1)).run(
+    out = Engine(model, slots=64, mesh=device_mesh(1)).run(
         trunks, dataclasses.replace(requests, limit=limit), Sampling(40)
     )
     np.testing.assert_array_equal(out.length, limit)

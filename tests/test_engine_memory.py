@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxopd.models import QwenConfig, init_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts import Engine, Requests, Sampling, decode, wave
 from jaxopd.rollouts.plan import device_budget
 from jaxopd.rollouts.suffix import PAGE, RING
@@ -34,7 +34,7 @@ def requests(trunks):
 
 @pytest.fixture(scope="module")
 def answered(model, trunks, requests):
-    return Engine(model, slots=16, mesh=data_mesh(1)).run(trunks, requests, SAMPLING)
+    return Engine(model, slots=16, mesh=device_mesh(1)).run(trunks, requests, SAMPLING)
 
 
 def nbytes(tree) -> int:
@@ -50,7 +50,7 @@ def test_the_plan_counts_what_is_held(model, trunks, requests, monkeypatch) -> N
         return original(graph, state, trunk_cache, pages, queue, ring, *rest)
 
     monkeypatch.setattr(wave, "decode_block", watching)
-    engine = Engine(model, slots=16, mesh=data_mesh(1))
+    engine = Engine(model, slots=16, mesh=device_mesh(1))
     plan = engine.plan(trunks, requests, SAMPLING)
     engine.run(trunks, requests, SAMPLING)
     assert plan.weights == held[0][0]
@@ -61,7 +61,7 @@ def test_the_plan_counts_what_is_held(model, trunks, requests, monkeypatch) -> N
 
 def test_slots_follow_the_budget(model, trunks, requests) -> None:
     plans = [
-        Engine(model, slots=16, mesh=data_mesh(1), budget=budget).plan(trunks, requests, SAMPLING)
+        Engine(model, slots=16, mesh=device_mesh(1), budget=budget).plan(trunks, requests, SAMPLING)
         for budget in (1 << 34, 1 << 20, 1 << 10)
     ]
     assert [plan.slots for plan in plans] == [16, 4, 1]
@@ -79,7 +79,7 @@ def test_out_of_memory_is_answered_with_fewer_slots(model, trunks, requests, ans
         return original(*arguments)
 
     monkeypatch.setattr(wave, "decode_block", short_of_memory)
-    again = Engine(model, slots=16, mesh=data_mesh(1)).run(trunks, requests, SAMPLING)
+    again = Engine(model, slots=16, mesh=device_mesh(1)).run(trunks, requests, SAMPLING)
     assert set(seen) == {16, 8, 4}
     np.testing.assert_array_equal(again.tokens, answered.tokens)
     np.testing.assert_allclose(again.raw_logp, answered.raw_logp, atol=1e-5, rtol=0)
@@ -92,11 +92,11 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(model, trunks, requests
 
     monkeypatch.setattr(wave, "decode_block", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        Engine(model, slots=16, mesh=data_mesh(1)).run(trunks, requests, SAMPLING)
+        Engine(model, slots=16, mesh=device_mesh(1)).run(trunks, requests, SAMPLING)
 
 
 def test_prefill_in_blocks_is_prefill_at_once(model, trunks, monkeypatch) -> None:
-    engine = Engine(model, mesh=data_mesh(1))
+    engine = Engine(model, mesh=device_mesh(1))
     tokens = np.stack([np.resize(trunk, 96) for trunk in trunks])
     whole = decode.prefill(engine.graph, engine.state, tokens)
     decode.prefill.clear_cache()
@@ -125,7 +125,7 @@ def compiled():
 
 def test_the_compile_budget(model, trunks, compiled) -> None:
     """Short rollouts: one program for all trunks of a bucket. Long ones: one more for each doubling of the pages."""
-    engine = Engine(model, slots=8, mesh=data_mesh(1))
+    engine = Engine(model, slots=8, mesh=device_mesh(1))
     for trunk, n, seed in ((trunks[0], 20, 0), (trunks[0][:83], 9, 1), (trunks[0][:81], 31, 2)):
         engine.run([trunk], Requests.continuations([trunk], n), Sampling(RING, seed=seed))
     assert sum("decode_block" in name for name in compiled) == 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxopd.models import QwenConfig, init_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.responses import response_log_probs
 from jaxopd.rollouts import Engine, Requests, Sampling, suffix
 from jaxopd.rollouts.suffix import FREE, PAGE, RING, pages_needed, places
@@ -35,7 +35,7 @@ def requests():
 
 @pytest.fixture(scope="module")
 def answered(model, trunks, requests):
-    return Engine(model, slots=4, mesh=data_mesh(1)).run(trunks, requests, SAMPLING)
+    return Engine(model, slots=4, mesh=device_mesh(1)).run(trunks, requests, SAMPLING)
 
 
 def test_long_rollouts_have_the_log_probs_of_a_forward_pass(model, trunks, requests, answered) -> None:
@@ -52,7 +52,7 @@ def test_long_rollouts_have_the_log_probs_of_a_forward_pass(model, trunks, reque
 @pytest.mark.slow
 @pytest.mark.parametrize(("slots", "devices"), [(16, 8)])
 def test_pages_do_not_depend_on_slots_or_devices(model, trunks, requests, answered, slots, devices) -> None:
-    again = Engine(model, slots=slots, mesh=data_mesh(devices)).run(trunks, requests, SAMPLING)
+    again = Engine(model, slots=slots, mesh=device_mesh(devices)).run(trunks, requests, SAMPLING)
     np.testing.assert_array_equal(again.tokens, answered.tokens)
     np.testing.assert_allclose(again.raw_logp, answered.raw_logp, atol=1e-5, rtol=0)
 
@@ -84,6 +84,6 @@ def test_short_rollouts_never_meet_a_page(model, trunks, requests, monkeypatch) 
     original = Wave._pages
     monkeypatch.setattr(Wave, "_pages", lambda wave, size: made.append(size) or original(wave, size))
     short = Requests(requests.trunk, requests.cut, requests.forced, requests.id)
-    out = Engine(model, slots=4, mesh=data_mesh(1)).run(trunks, short, Sampling(RING, seed=7))
+    out = Engine(model, slots=4, mesh=device_mesh(1)).run(trunks, short, Sampling(RING, seed=7))
     assert (out.length == RING).all()
     assert set(made) == {0}

@@ -19,11 +19,11 @@ TOLERANCE = 0.1
 def peak_of_a_run(trunk: int, slots: int, tokens: int) -> dict[str, int]:
     """Gives a run's peak over what the process held before it, and its plan; the programs are compiled before."""
     from jaxopd.models import QwenConfig, init_model
-    from jaxopd.models.sharding import data_mesh
+    from jaxopd.models.sharding import device_mesh
     from jaxopd.rollouts import Engine, Requests, Sampling
 
     config = QwenConfig(1031, 64, 128, 2, 4, 4, 64, max_positions=40960, initializer_range=0.05)
-    mesh = data_mesh(1)
+    mesh = device_mesh(1)
     engine = Engine(init_model(config), slots=slots, mesh=mesh)
     trunks, sampling = [np.arange(trunk) % config.vocab_size], Sampling(tokens, seed=0)
     requests = Requests.continuations(trunks, slots)

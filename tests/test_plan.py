@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from jaxopd import cli
 from jaxopd.errors import InputError
 from jaxopd.models import QwenConfig, init_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.plan import (
     HARDWARE,
     DiagnosisWork,
@@ -40,7 +40,7 @@ QWEN3_8B = QwenConfig(151936, 4096, 12288, 36, 32, 8, 128, max_positions=40960, 
 @pytest.mark.parametrize("config", [SMALL, UNTIED])
 def test_weights_are_those_of_the_model(config):
     model = init_model(config, dtype="bfloat16")
-    assert weight_bytes(config, "bfloat16") == Engine(model, mesh=data_mesh(1)).weights
+    assert weight_bytes(config, "bfloat16") == Engine(model, mesh=device_mesh(1)).weights
 
 
 def test_a_real_model_has_its_published_size():
@@ -50,7 +50,7 @@ def test_a_real_model_has_its_published_size():
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_memory_is_what_the_engine_plans_for_the_same_work(devices):
-    engine = Engine(init_model(SMALL), slots=64, mesh=data_mesh(devices), budget=int(devices * USABLE * 1e9))
+    engine = Engine(init_model(SMALL), slots=64, mesh=device_mesh(devices), budget=int(devices * USABLE * 1e9))
     prompt = np.zeros(300, np.int32)
     work = DiagnosisWork(max_tokens=200, slots=64, dtype="float32")
     theirs = engine.plan([prompt] * 2, Requests.continuations([prompt] * 2, 64), Sampling(200))
@@ -105,7 +105,7 @@ def test_training_holds_masters_moments_and_teachers():
     work = TrainingWork(batch=8, rollouts=2, micro_batch=8, max_tokens=256, response_tokens=100, dtype="bfloat16")
     plan = plan_training_run(SMALL, {"T": UNTIED}, work, SLOW, 2)
     update = plan.memory["update"]
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(Engine(init_model(SMALL), mesh=data_mesh(1)).state))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(Engine(init_model(SMALL), mesh=device_mesh(1)).state))
     assert (update["masters"], update["optimizer"]) == (4 * numbers / 2, 8 * numbers / 2)  # spread over both devices
     assert update["teachers"] == weight_bytes(UNTIED, "bfloat16")  # whole on each
     assert plan.stages[0].tokens == 200 * 8 * 2 * 100

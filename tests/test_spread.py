@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from jaxopd.models import QwenConfig, init_model, logits
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts import Engine, Requests, Sampling
 from jaxopd.rollouts.sampling import draw_spread, request_keys
 
@@ -83,7 +83,7 @@ def test_the_engine_draws_what_the_numbers_say() -> None:
     p = np.asarray(jax.nn.softmax(logits(model, trunk[None])[0, -1]), np.float64)
     expected = np.searchsorted(np.cumsum(p), spread, side="right")
     assert (rolled.tokens[:, 0] == expected).mean() > 0.97  # but where rounding decides
-    again = Engine(model, slots=7, mesh=data_mesh(1)).run(
+    again = Engine(model, slots=7, mesh=device_mesh(1)).run(
         [trunk], dataclasses.replace(plain, spread=spread), Sampling(12, seed=3)
     )
     np.testing.assert_array_equal(again.tokens, rolled.tokens)
@@ -102,7 +102,7 @@ def test_continuations_by_even_numbers_are_exact_and_less_noisy() -> None:
     truth = (mass * value[tuple(every.T)]).sum()
     rng, plain = np.random.default_rng(4), Requests.continuations([trunk], n * shifts)
     even = ((rng.random((shifts, 1)) + np.arange(n)[None] * 0.6180339887498949) % 1).ravel().astype(np.float32)
-    engine, means = Engine(model, slots=64, mesh=data_mesh(1)), {}
+    engine, means = Engine(model, slots=64, mesh=device_mesh(1)), {}
     for name, spread in (("even", even), ("independent", None)):
         rolled = engine.run([trunk], dataclasses.replace(plain, spread=spread), Sampling(3, seed=6))
         means[name] = value[tuple(rolled.tokens.T)].reshape(shifts, n).mean(1)

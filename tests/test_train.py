@@ -25,7 +25,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from jaxopd import toy
 from jaxopd.errors import InputError
 from jaxopd.models import load_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.train.batch import Batch, question_order
 from jaxopd.train.collect import Collector
 from jaxopd.train.config import GateConfig, TrainConfig
@@ -71,7 +71,7 @@ def leaves(trainer: Trainer) -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Trainer:
     """Four uninterrupted steps on one device."""
-    trainer = Trainer(CONFIG, tmp_path_factory.mktemp("whole") / "run", quiet, data_mesh(1))
+    trainer = Trainer(CONFIG, tmp_path_factory.mktemp("whole") / "run", quiet, device_mesh(1))
     trainer.run()
     return trainer
 
@@ -80,7 +80,7 @@ def whole(tmp_path_factory) -> Trainer:
 def killed(tmp_path_factory):
     """The folder of a run that stopped in its fourth step, its line of the third one half written."""
     folder = tmp_path_factory.mktemp("killed") / "run"
-    trainer = Trainer(CONFIG, folder, quiet, data_mesh(1))
+    trainer = Trainer(CONFIG, folder, quiet, device_mesh(1))
     for _ in range(3):
         trainer.advance()
     trainer.checkpoints.close()
@@ -91,7 +91,7 @@ def killed(tmp_path_factory):
 
 def test_a_resumed_run_is_the_uninterrupted_one(whole, killed, tmp_path):
     folder = shutil.copytree(killed, tmp_path / "run")
-    resumed = Trainer(CONFIG, folder, quiet, data_mesh(1))
+    resumed = Trainer(CONFIG, folder, quiet, device_mesh(1))
     assert resumed.step == 2
     resumed.run()
     for ours, theirs in zip(leaves(resumed), leaves(whole), strict=True):
@@ -143,7 +143,7 @@ def test_a_process_killed_with_signal_9(tmp_path):
 
 def test_a_run_resumed_on_eight_devices(whole, killed, tmp_path):
     folder = shutil.copytree(killed, tmp_path / "run")
-    resumed = Trainer(CONFIG, folder, quiet, data_mesh(8))
+    resumed = Trainer(CONFIG, folder, quiet, device_mesh(8))
     resumed.run()
     spread = jax.tree.leaves(resumed.opt_state)[1]
     assert len(spread.sharding.device_set) == 8
@@ -153,7 +153,7 @@ def test_a_run_resumed_on_eight_devices(whole, killed, tmp_path):
 
 def test_a_run_with_other_settings_is_refused(killed):
     with pytest.raises(InputError, match=r"field learning_rate: found 0\.001 of another run, expected 0\.002"):
-        Trainer(replace(CONFIG, learning_rate=2e-3), killed, quiet, data_mesh(1))
+        Trainer(replace(CONFIG, learning_rate=2e-3), killed, quiet, device_mesh(1))
 
 
 def test_the_trained_student_differs_and_loads(whole):
@@ -167,7 +167,7 @@ def test_the_trained_student_differs_and_loads(whole):
 
 def first_gradients(tmp_path, name: str, same_rollouts: bool = False, **changes) -> tuple[float, nnx.State]:
     """Loss and gradients of the first batch; same_rollouts: of float32's responses, whatever the precision."""
-    trainer = Trainer(replace(CONFIG, mini_batch=4, **changes), tmp_path / name, quiet, data_mesh(1))
+    trainer = Trainer(replace(CONFIG, mini_batch=4, **changes), tmp_path / name, quiet, device_mesh(1))
     drawing = Collector(replace(trainer.config, dtype="float32"), trainer.setup) if same_rollouts else trainer.collect
     batch = drawing.draw(trainer.params, 0)
     scored, micros = trainer.collect.score(trainer.params, batch)
@@ -209,7 +209,7 @@ def test_the_student_as_its_own_teacher_gives_no_gradient(tmp_path, objective):
 @pytest.mark.parametrize("fault", ["score/log_q nan", "train/loss inf"])
 def test_what_is_not_finite_stops_training(killed, tmp_path, monkeypatch, fault):
     folder = shutil.copytree(killed, tmp_path / "run")
-    trainer = Trainer(CONFIG, folder, quiet, data_mesh(1))
+    trainer = Trainer(CONFIG, folder, quiet, device_mesh(1))
     healthy = trainer.collect.score
 
     def score(params, batch):
@@ -247,7 +247,7 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 def test_teachers_are_routed_by_metadata(tmp_path):
     config = replace(CONFIG, teacher=(*CONFIG.teacher, f"T1={toy.MODELS / 'T1'}"), route=("boolean=T1",), micro_batch=3)
-    trainer = Trainer(config, tmp_path / "run", quiet, data_mesh(1))
+    trainer = Trainer(config, tmp_path / "run", quiet, device_mesh(1))
     flavours = [q.meta["flavour"] for q in trainer.setup.questions]
     assert_array_equal(trainer.setup.teacher_of, [int(flavour == "boolean") for flavour in flavours])
     batch = trainer.collect.draw(trainer.params, 0)

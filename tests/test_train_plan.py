@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxopd import toy
 from jaxopd.models import QwenConfig, init_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.train.batch import Sequences
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.objectives import ObjectiveConfig, make_objective
@@ -44,7 +44,7 @@ def allotted(config: QwenConfig, rows: int, prompt: int, response: int, objectiv
     D = config.hidden_size if settings.objective.reach == "full" else 1
     teacher = array(*one, D, kind=dtype), array(config.vocab_size, D, kind=dtype)
     given = (array(), params), params, sequences, targets, array(*one, kind="int32"), *teacher
-    compiled = add_gradients.lower(graph, settings, *given, mesh=data_mesh(1)).compile()
+    compiled = add_gradients.lower(graph, settings, *given, mesh=device_mesh(1)).compile()
     return compiled.memory_analysis().temp_size_in_bytes, 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

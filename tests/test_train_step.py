@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxopd.models import QwenConfig, init_model, logits
 from jaxopd.models.attention import causal_attention
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.train import vocabulary
 from jaxopd.train.batch import Batch, Sequences, taken
 from jaxopd.train.objectives import ObjectiveConfig, make_objective
@@ -108,7 +108,7 @@ def test_logits_of_all_rows_never_exist(name, monkeypatch):
     so_far = jax.eval_shape(lambda: (jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape), state)))
     sequences, targets, responses, states, head = shaped
     lowered = add_gradients.lower(
-        graph, settings(name), so_far, state, sequences, targets, responses, states, head, mesh=data_mesh(1)
+        graph, settings(name), so_far, state, sequences, targets, responses, states, head, mesh=device_mesh(1)
     )
     memory = lowered.compile().memory_analysis().temp_size_in_bytes
     assert memory < 0.5 * 4 * b * S * config.vocab_size
@@ -153,7 +153,7 @@ def test_scores_are_the_same_on_one_and_eight_devices():
     prompts, responses = rows(SMALL, b=8)
     sequences = Sequences.join(prompts, responses, 8)
     given = *models[0], *models[1], sequences, sequences, responses
-    one, eight = (score(*given, mesh=data_mesh(n), k=3, dtype="float32") for n in (1, 8))
+    one, eight = (score(*given, mesh=device_mesh(n), k=3, dtype="float32") for n in (1, 8))
     for name in one:
         assert_allclose(one[name], eight[name], atol=1e-5, err_msg=name)
     log_p, log_q = (
@@ -171,7 +171,7 @@ def test_scores_are_the_same_on_one_and_eight_devices():
 
 
 def test_spread_splits_the_largest_axis_that_divides():
-    placed = spread({"a": jnp.zeros((24, 16)), "b": jnp.zeros((3, 5)), "c": jnp.zeros(())}, data_mesh(8))
+    placed = spread({"a": jnp.zeros((24, 16)), "b": jnp.zeros((3, 5)), "c": jnp.zeros(())}, device_mesh(8))
     assert placed["a"].addressable_shards[0].data.shape == (3, 16)
     assert placed["b"].addressable_shards[0].data.shape == (3, 5)
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from jaxopd.distributed import place, several, stop_if_preempted
 from jaxopd.errors import InputError
 from jaxopd.models.qwen import Qwen
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts.layout import Layout
 from jaxopd.rollouts.plan import MemoryPlan, plan_memory
 from jaxopd.rollouts.sampling import Sampling
@@ -62,7 +62,7 @@ class Engine:
         attention: str | None = None,
     ):
         self.config, self.dtype = model.config, model.dtype
-        self.mesh = data_mesh() if mesh is None else mesh
+        self.mesh = device_mesh() if mesh is None else mesh
         self.slots, self.budget, self.attention = slots, budget, attention
         # Split once: walking the module at each call would cost more than a step of a small model.
         self.graph, state = nnx.split(model)

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jaxopd.distributed import Preempted, decided, fetch, several, stop_if_preempted
 from jaxopd.models import Qwen, save_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts.plan import device_budget
 from jaxopd.runs import RunFolder
 from jaxopd.train import metrics as measured
@@ -61,7 +61,7 @@ class Trainer:
         self, config: TrainConfig, out: str | Path, report: Report = print, mesh: jax.sharding.Mesh | None = None
     ):
         self.config, self.out, self.report = config, Path(out), report
-        budget = device_budget(data_mesh() if mesh is None else mesh)
+        budget = device_budget(device_mesh() if mesh is None else mesh)
         self.setup = Setup(config, mesh)
         self.plan = plan_training(config, self.setup, budget)
         self.collect = Collector(config, self.setup)

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from jaxopd.distributed import decided, place
 from jaxopd.errors import InputError
 from jaxopd.models import chat_tokens, check_vocabulary, load_model, load_tokenizer, stop_token_ids
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.tasks import find_task
 from jaxopd.tasks.contexts import TeacherSpec, demonstrations_for, parse_teachers, teacher_message
 from jaxopd.tasks.demonstrations import load_demonstrations
@@ -38,7 +38,7 @@ class Setup:
     """Loads and checks what a training run is made of."""
 
     def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh | None = None):
-        self.config, self.mesh = config, data_mesh() if mesh is None else mesh
+        self.config, self.mesh = config, device_mesh() if mesh is None else mesh
         self.task, self.tokenizer = find_task(config.task), load_tokenizer(config.student)
         model = load_model(config.student)
         self.model_config = model.config

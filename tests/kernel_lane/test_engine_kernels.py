@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxopd.models import QwenConfig, init_model
-from jaxopd.models.sharding import data_mesh
+from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts import Engine, Requests, Sampling, decode
 from jaxopd.rollouts.layout import Layout
 from jaxopd.rollouts.suffix import PAGE, RING, Pages, Ring
@@ -47,7 +47,7 @@ def rollouts_of():
     requests = Requests(np.arange(40) % 2, cut, np.full(40, -1), np.arange(40))
 
     def run(attention: str | None):
-        return Engine(model, slots=32, mesh=data_mesh(1), attention=attention).run(
+        return Engine(model, slots=32, mesh=device_mesh(1), attention=attention).run(
             trunks, requests, Sampling(5, seed=3)
         )
 
@@ -108,7 +108,7 @@ def holds_scores(text: str) -> bool:
 @pytest.mark.parametrize("attention, platform, call", [("hopper", "cuda", "mosaic_gpu"), ("tpu", "tpu", "tpu_custom")])
 def test_a_decoding_block_lowers_with_its_kernel(attention, platform, call) -> None:
     config = dataclasses.replace(QWEN3_06B, num_layers=2)
-    traced = traced_block(config, Layout(1, SLOTS, data_mesh(1), attention))
+    traced = traced_block(config, Layout(1, SLOTS, device_mesh(1), attention))
     assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
