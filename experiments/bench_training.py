@@ -45,6 +45,7 @@ FULL, K = ObjectiveConfig("full", k=4), 4
 RATE = 1e-7  # so small that responses stay alike over the rounds
 VOCABULARY = 151_936
 STEPS = 2  # of a whole-step contestant's turn
+WARM_STEPS = 10  # before any is timed: batches of long and of short prompts have programs of their own
 states = jax.jit(
     lambda graph, state, sequences, length: response_states(nnx.merge(graph, state), sequences, length),
     static_argnums=(0, 3),
@@ -233,6 +234,8 @@ def whole_steps(trainer: Trainer, folder: Path, machine: MachineFloor, repeats: 
     except ImportError as error:
         note = f"not installed: {error.name}"
     contestants["rollout"] = lambda: [trainer.collect.draw(trainer.params, step).responses for step in range(STEPS)]
+    for _ in range(WARM_STEPS):
+        trainer.advance()
     found = interleaved(contestants, case=case, repeats=repeats, work=STEPS, unit="steps")
     body = _parameters((trainer.graph, trainer.params))
     tokens = trainer.collect.draw(trainer.params, 0).length.sum() + sum(map(len, trainer.setup.prompts))

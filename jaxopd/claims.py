@@ -22,6 +22,7 @@ from jaxopd.runs import RunFolder
 
 BEAT_SECONDS = 5.0
 LEASE_SECONDS = 60.0
+LOOK_SECONDS = 1.0  # between looks at a claim
 
 State = Literal["done", "ours", "theirs"]
 
@@ -59,6 +60,24 @@ class Claims:
             self.seen[key] = generation, time.monotonic()
             return False
         return time.monotonic() - since > LEASE_SECONDS
+
+    def take_alone(self, piece: str) -> None:
+        """Makes a piece ours that cannot be shared, after its claim stood still long enough.
+
+        Raises InputError, in all processes, where another job is alive at it.
+        """
+        distributed.decided(lambda: self._take_alone(piece))
+
+    def _take_alone(self, piece: str) -> None:
+        seen = None
+        while self._ask(piece) != "ours":
+            claim, generation = self.run.read_version(_key(piece))
+            here = claim is not None and claim.get("machine") == self.claim["machine"]
+            if here or seen not in (None, generation):  # its process is there, or its claim moves
+                found = "another job at work on this run" + f", process {claim['pid']}" * here
+                raise InputError(f"{self.run.path}: found {found}, expected one job at a time")
+            seen = generation
+            time.sleep(LOOK_SECONDS)
 
     @contextmanager
     def working(self, piece: str) -> Iterator[None]:
