@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxopd.models import QwenConfig, init_model, logits
 from jaxopd.models.attention import causal_attention
+from jaxopd.models.qwen import embedded
 from jaxopd.models.sharding import device_mesh
 from jaxopd.train import vocabulary
 from jaxopd.train.batch import Batch, Sequences, taken
@@ -146,6 +147,27 @@ def test_token_log_probs_and_top_tokens(monkeypatch):
     order = np.argsort(-np.asarray(hidden @ head.T), -1)
     for k in (4, 80):
         assert_array_equal(top_tokens(hidden, head, k), order[:, :k])
+
+
+def relative_error(found, exact):
+    return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
+
+
+def test_bfloat16_gradients_of_frequent_tokens_are_summed_in_float32(monkeypatch):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 3, 8192)
+    cotangent = jnp.asarray(rng.normal(0.1, 1, (8192, 6)), jnp.bfloat16)
+    table = jnp.zeros((4, 6), jnp.bfloat16)
+    found = jax.vjp(lambda table: embedded(table, tokens), table)[1](cotangent)[0]
+    exact = np.eye(4)[tokens].T @ np.asarray(cotangent, np.float64)
+    assert relative_error(found, exact) < 4e-3  # half a unit in the last place
+
+    monkeypatch.setattr(vocabulary, "WAVE_BYTES", 4 * 5 * 2)  # 600 waves of two rows
+    hidden = jnp.asarray(rng.normal(0.5, 1, (1200, 6)), jnp.bfloat16)
+    ids = jnp.zeros((1200, 1), int)
+    found = jax.grad(lambda head: token_log_probs(hidden, head, ids).sum())(jnp.zeros((5, 6), jnp.bfloat16))
+    exact = (np.eye(5)[0] - 0.2)[:, None] * np.asarray(hidden, np.float64).sum(0)
+    assert relative_error(found, exact) < 4e-3
 
 
 def test_scores_are_the_same_on_one_and_eight_devices():

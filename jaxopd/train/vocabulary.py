@@ -19,11 +19,12 @@ def token_log_probs(
 ) -> Float[Array, "R K"]:
     """Compute log P at ids, P = softmax(hidden head^T), differentiable in hidden and head.
 
-    Rows go through in waves; the backward pass makes each wave's logits again.
+    Rows go through in waves; the backward pass makes each wave's logits again, and sums the head's gradient in float32.
     """
+    wide = head.astype(jnp.float32)  # a cotangent has its array's dtype
 
     def wave(hidden: Array, ids: Array) -> Array:
-        logits = linear(hidden, head, jnp.dtype("float32"))
+        logits = linear(hidden, wide.astype(head.dtype), jnp.dtype("float32"))
         return jnp.take_along_axis(logits, ids, -1) - jax.nn.logsumexp(logits, -1, keepdims=True)
 
     return _in_waves(wave, head.shape[0], hidden, ids)
