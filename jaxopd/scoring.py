@@ -3,6 +3,9 @@
 Hidden states may be arrays of this process, of another one or of a file (a memory map is read block by block). Each
 call runs in blocks of at most BLOCK rows, padded to a power of two, as are the tokens per row: however many positions
 there are, only a handful of shapes is compiled, and at most two blocks of hidden states are on the device.
+
+Where a head lies on a mesh ("data", "model"), a device holds its share of the vocabulary and scores BLOCK rows of its
+own: rows are spread over "data", both heads over "model", and the statistics of the shares are merged exactly.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,16 +17,18 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxopd_kernels import MAX_TOP_K, HeadStatistics, PairStatistics, head_statistics, pair_statistics
 from jaxtyping import Array, Float, Int
 
+from jaxopd.distributed import fetch, place
 from jaxopd.errors import InputError
+from jaxopd.models.sharding import mesh_of
 from jaxopd.types import bucket
 
-BLOCK = 4096
+BLOCK = 4096  # rows of a device
 SMALLEST_BLOCK = 16
-
-_head = partial(jax.jit, static_argnames=("k", "vocab_size", "implementation"))(head_statistics)
 
 Scores = TypeVar("Scores")
 
@@ -83,8 +88,9 @@ def score_tokens(
     _check_hidden("hidden", hidden, head, len(hidden))
     if not 0 <= k <= min(MAX_TOP_K, vocab_size):
         raise InputError(f"k: found {k}, expected 0 to {min(MAX_TOP_K, vocab_size)}")
-    op = partial(_head, k=k, vocab_size=vocab_size, implementation=implementation)
-    scores = _in_blocks(lambda hidden, ids: op(hidden, head, ids=ids), (hidden,), ids)
+    mesh = common_mesh(head)
+    op = partial(_head, head, k=k, vocab_size=vocab_size, implementation=implementation, mesh=mesh)
+    scores = _in_blocks(op, (hidden,), ids, mesh)
     return replace(scores, log_p=scores.log_p[:, : ids.shape[1]])
 
 
@@ -112,37 +118,84 @@ def score_pair(
     ids = _checked_ids(ids, len(hidden_s), vocab_size)
     _check_hidden("hidden_s", hidden_s, head_s, len(hidden_s))
     _check_hidden("hidden_t", hidden_t, head_t, len(hidden_s))
-    settings = {"vocab_size": vocab_size, "second_pass": second_pass, "implementation": implementation}
-    op = partial(_pair, forms=tuple(form.f for form in forms.values()), **settings)
-    statistics, f = _in_blocks(lambda h_s, h_t, ids: op(h_s, head_s, h_t, head_t, ids), (hidden_s, hidden_t), ids)
+    mesh = common_mesh(head_s, head_t)
+    settings = {"vocab_size": vocab_size, "second_pass": second_pass, "implementation": implementation, "mesh": mesh}
+    op = partial(_pair, head_s, head_t, forms=tuple(form.f for form in forms.values()), **settings)
+    statistics, f = _in_blocks(op, (hidden_s, hidden_t), ids, mesh)
     K = ids.shape[1]
     statistics = replace(statistics, log_p=statistics.log_p[:, :K], log_q=statistics.log_q[:, :K])
     return PairScores(statistics, {name: (x[:, :K], forms[name].mean(statistics)) for name, x in zip(forms, f)})
 
 
-@partial(jax.jit, static_argnames=("forms", "vocab_size", "second_pass", "implementation"))
-def _pair(*arrays: Array, forms: tuple[Callable, ...], **settings: Any) -> tuple[PairStatistics, list[Array]]:
-    statistics, ids = pair_statistics(*arrays, **settings), arrays[-1]
+def common_mesh(*heads: Array) -> Mesh | None:
+    """Gives the mesh that the heads lie on, the one that splits the vocabulary most; None on a single device."""
+    meshes = [mesh for head in heads if (mesh := mesh_of(head)) is not None and mesh.size > 1]
+    return max(meshes, key=lambda mesh: mesh.shape["model"], default=None)
+
+
+@partial(jax.jit, static_argnames=("k", "vocab_size", "implementation", "mesh"))
+def _head(head: Array, hidden: Array, ids: Array, mesh: Mesh | None, **settings: Any) -> HeadStatistics:
+    def op(heads: tuple[Array], hidden: Array, ids: Array, axis: str | None) -> HeadStatistics:
+        return head_statistics(hidden, *heads, ids=ids, axis=axis, **settings)
+
+    return over_mesh(op, (head,), (hidden, ids), mesh)
+
+
+@partial(jax.jit, static_argnames=("forms", "vocab_size", "second_pass", "implementation", "mesh"))
+def _pair(
+    head_s: Array,
+    head_t: Array,
+    hidden_s: Array,
+    hidden_t: Array,
+    ids: Array,
+    forms: tuple[Callable, ...],
+    mesh: Mesh | None,
+    **settings: Any,
+) -> tuple[PairStatistics, list[Array]]:
+    def op(heads: tuple[Array, Array], hidden_s: Array, hidden_t: Array, ids: Array, axis: str | None):
+        return pair_statistics(hidden_s, heads[0], hidden_t, heads[1], ids, axis=axis, **settings)
+
+    statistics = over_mesh(op, (head_s, head_t), (hidden_s, hidden_t, ids), mesh)
     return statistics, [jnp.where(ids >= 0, form(statistics.log_p, statistics.log_q), 0.0) for form in forms]
 
 
-def _in_blocks(op: Callable[..., Scores], hidden: tuple[Any, ...], ids: np.ndarray) -> Scores:
+def over_mesh(
+    op: Callable[..., Scores], heads: tuple[Array, ...], rows: tuple[Array, ...], mesh: Mesh | None
+) -> Scores:
+    """Calls op(heads, *rows, axis=) on each device's share of the vocabulary and of the rows."""
+    if mesh is None:
+        return op(heads, *rows, axis=None)
+    shards = mesh.shape["model"]
+    V = -(-min(head.shape[0] for head in heads) // shards) * shards
+    # A head that is as long as the other, and that the shards divide, stays where it is.
+    heads = tuple(jnp.pad(head[:V], ((0, max(0, V - head.shape[0])), (0, 0))) for head in heads)
+    own = partial(op, axis="model" if shards > 1 else None)
+    specs = (P("model"), *(P("data") for _ in rows))
+    return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)(heads, *rows)
+
+
+def _in_blocks(op: Callable[..., Scores], hidden: tuple[Any, ...], ids: np.ndarray, mesh: Mesh | None) -> Scores:
     """Runs an op block by block and joins the rows that are no padding, in numpy; the ids stay padded."""
     T, K = ids.shape
-    ids = np.pad(ids, ((0, 0), (0, (bucket(K) if K else 0) - K)), constant_values=-1)
+    width = bucket(K) if K or mesh else 0  # jax 0.11 crashes on empty arrays that are split
+    ids = np.pad(ids, ((0, 0), (0, width - K)), constant_values=-1)
+    step = BLOCK * (mesh.shape["data"] if mesh else 1)
     parts: list[Any] = []
-    for start in range(0, max(T, 1), BLOCK):
-        rows = slice(start, start + BLOCK)
-        parts.append(op(*(_padded(x[rows], 0) for x in hidden), _padded(ids[rows], -1)))
-        parts[-2:-1] = jax.device_get(parts[-2:-1])  # one block late: the device stays busy, and holds two at most
+    for start in range(0, max(T, 1), step):
+        rows = slice(start, start + step)
+        parts.append(op(*(_placed(x[rows], 0, mesh) for x in hidden), _placed(ids[rows], -1, mesh)))
+        parts[-2:-1] = fetch(parts[-2:-1])  # one block late: the device stays busy, and holds two at most
 
-    return jax.tree.map(lambda *blocks: np.concatenate(jax.device_get(blocks))[:T], *parts)
+    return jax.tree.map(lambda *blocks: np.concatenate(blocks)[:T], *fetch(parts))
 
 
-def _padded(rows: Any, value: int) -> np.ndarray:
-    """Appends rows up to the next bucket."""
-    missing = bucket(len(rows), SMALLEST_BLOCK) - len(rows)
-    return np.pad(np.asarray(rows), ((0, missing), (0, 0)), constant_values=value)
+def _placed(rows: Any, value: int, mesh: Mesh | None) -> Any:
+    """Appends rows up to the next bucket of each device, and spreads them over the mesh's "data"."""
+    devices = mesh.shape["data"] if mesh else 1
+    missing = bucket(-(-len(rows) // devices), SMALLEST_BLOCK) * devices - len(rows)
+    if mesh is None or missing or not isinstance(rows, jax.Array):
+        rows = np.pad(np.asarray(fetch(rows)), ((0, missing), (0, 0)), constant_values=value)
+    return rows if mesh is None else place(rows, NamedSharding(mesh, P("data")))
 
 
 def _vocabulary(vocab_size: int | None, *heads: Array) -> int:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxopd_kernels import choice, hopper, one_pass, tpu, xla
-from jaxopd_kernels.checks import check_ids, check_model, checked_vocabulary
+from jaxopd_kernels import choice, hopper, one_pass, shards, tpu, xla
+from jaxopd_kernels.checks import check_ids, check_model, checked_rows, checked_vocabulary
 from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
 
 MAX_TOP_K = 64
@@ -39,7 +39,8 @@ def _implementation(
     arrays, widths = [x for model in models for x in model], tuple(hidden.shape[1] for hidden, _ in models)
     if name is None:
         dtypes = tuple(x.dtype for x in arrays)
-        name = choice.choose(choice.local_kind(), arrays[0].shape[0], vocab_size, widths, dtypes, launches, k)
+        T, columns = arrays[0].shape[0], min(vocab_size, *(head.shape[0] for _, head in models))  # on this device
+        name = choice.choose(choice.local_kind(), T, columns, widths, dtypes, launches, k)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: found {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
     if name in KERNELS:
@@ -65,6 +66,7 @@ def pair_statistics(
     vocab_size: int | None = None,
     implementation: str | None = None,
     second_pass: bool = True,
+    axis: str | None = None,
 ) -> PairStatistics:
     """Compares student P and teacher Q row by row over the whole common vocabulary.
 
@@ -78,15 +80,19 @@ def pair_statistics(
     implementation: a row of IMPLEMENTATIONS; None picks a kernel where choice.choose expects it to win. A kernel makes
     its second pass with a second launch, 2 T V (Ds + Dt) FLOP, where that costs less than moving the float32 logits of
     row chunks, 32 T V bytes; otherwise the chunks compute everything.
+
+    axis: inside jax.shard_map (check_vma=False), the axis of the mesh over which the rows of both heads are split, in
+    equal parts in the order of the ids. vocab_size and ids mean the whole vocabulary; the devices of the axis hold the
+    same hidden states, and each gets the statistics over all columns.
     Raises ValueError on shapes that do not fit, on an unknown implementation and on one that cannot serve the inputs.
     """
     check_model("s", hidden_s, head_s, hidden_s.shape[0])
     check_model("t", hidden_t, head_t, hidden_s.shape[0])
     check_ids(ids, hidden_s.shape[0])
-    vocab_size = checked_vocabulary(vocab_size, min(head_s.shape[0], head_t.shape[0]))
+    vocab_size = checked_vocabulary(vocab_size, checked_rows(head_s, head_t, axis) * shards.count(axis))
     models = ((hidden_s, head_s), (hidden_t, head_t))
     op = _implementation(implementation, models, vocab_size, 1 + second_pass).pair_statistics
-    return op(hidden_s, head_s, hidden_t, head_t, ids, vocab_size, second_pass)
+    return op(hidden_s, head_s, hidden_t, head_t, ids, vocab_size, second_pass, axis)
 
 
 def head_statistics(
@@ -97,11 +103,13 @@ def head_statistics(
     k: int = 0,
     vocab_size: int | None = None,
     implementation: str | None = None,
+    axis: str | None = None,
 ) -> HeadStatistics:
     """Describes P = softmax(hidden head^T) row by row: log-sum-exp, entropy, exact top k, log P at ids.
 
     Only the first vocab_size rows of the head count (default all). k <= 64; ties go to the lower id. ids may hold -1
-    as padding; None is K = 0. Matrix products and sums are float32 whatever the inputs' dtype.
+    as padding; None is K = 0. Matrix products and sums are float32 whatever the inputs' dtype. axis: as in
+    `pair_statistics`.
     Raises ValueError on shapes that do not fit, on k out of range, on an unknown implementation and on one that cannot
     serve the inputs.
     """
@@ -109,8 +117,8 @@ def head_statistics(
     ids = jnp.zeros((T, 0), jnp.int32) if ids is None else ids
     check_model("", hidden, head, T)
     check_ids(ids, T)
-    vocab_size = checked_vocabulary(vocab_size, head.shape[0])
+    vocab_size = checked_vocabulary(vocab_size, head.shape[0] * shards.count(axis))
     if not 0 <= k <= min(MAX_TOP_K, vocab_size):
         raise ValueError(f"k: found {k}, expected 0 to {min(MAX_TOP_K, vocab_size)}")
     op = _implementation(implementation, ((hidden, head),), vocab_size, 1, k).head_statistics
-    return op(hidden, head, ids, k, vocab_size)
+    return op(hidden, head, ids, k, vocab_size, axis)

@@ -22,6 +22,14 @@ def check_ids(ids: Array, T: int) -> None:
         raise ValueError(f"ids: found shape {ids.shape} of {ids.dtype}, expected integers [{T}, K]")
 
 
+def checked_rows(head_s: Array, head_t: Array, axis: str | None) -> int:
+    """Gives the number of rows that both heads have; shards hold the same ids only if they have equally many."""
+    rows_s, rows_t = head_s.shape[0], head_t.shape[0]
+    if axis is not None and rows_s != rows_t:
+        raise ValueError(f"head_s, head_t: found {rows_s} and {rows_t} rows, expected equal shards along {axis!r}")
+    return min(rows_s, rows_t)
+
+
 def checked_vocabulary(vocab_size: int | None, largest: int) -> int:
     """Gives vocab_size, default `largest`, which it must not exceed."""
     vocab_size = largest if vocab_size is None else vocab_size

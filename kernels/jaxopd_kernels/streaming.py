@@ -200,6 +200,10 @@ class Pass(NamedTuple):
     update: Callable[..., Any]
     merged: Callable[..., Any]
 
+    def nothing(self, T: int) -> Any:
+        """The sums over no column, [T] each."""
+        return type(self.start)(*(jnp.full(T, value, jnp.float32) for value in self.start))
+
 
 HEAD = Pass(1, HeadSums(NOTHING_YET, 0.0, 0.0), head_tile, merged_head)
 PAIR = Pass(2, PairSums(NOTHING_YET, NOTHING_YET, *[0.0] * 13), pair_tile, merged_pair)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxopd_kernels import shards
 from jaxopd_kernels.products import product
 from jaxopd_kernels.rows import at_ids, head_rows, pair_rows
 from jaxopd_kernels.statistics import HeadStatistics, PairStatistics
@@ -23,6 +24,26 @@ Statistics = TypeVar("Statistics", PairStatistics, HeadStatistics)
 def logits(hidden: Float[Array, "T D"], head: Float[Array, "V D"], vocab_size: int) -> Float[Array, "T V"]:
     """Multiplies hidden states by the head's first vocab_size rows, accumulating and returning float32."""
     return product("td,vd->tv", hidden, head)[:, :vocab_size]
+
+
+def shard_logits(
+    hidden: Float[Array, "T D"], head: Float[Array, "rows D"], vocab_size: int, axis: str | None
+) -> Float[Array, "T rows"]:
+    """Multiplies hidden states by a shard's rows of the head; columns past the vocabulary are cut, or -inf."""
+    if axis is None:
+        return logits(hidden, head, vocab_size)
+    z, rows = product("td,vd->tv", hidden, head), head.shape[0]
+    if rows * shards.count(axis) == vocab_size:
+        return z
+    return jnp.where(jnp.arange(rows)[None] < vocab_size - shards.first_id(rows, axis), z, -jnp.inf)
+
+
+def all_logits(
+    hidden: Float[Array, "T D"], head: Float[Array, "rows D"], vocab_size: int, axis: str | None
+) -> Float[Array, "T V"]:
+    """Multiplies hidden states by the whole head and gathers what each shard has of the logits."""
+    z = logits(hidden, head, vocab_size)
+    return z if axis is None else jax.lax.all_gather(z, axis, axis=1, tiled=True)[:, :vocab_size]
 
 
 def rows_per_chunk(row_bytes: int, chunk_bytes: int | None) -> int:
@@ -60,13 +81,15 @@ def pair_statistics(
     ids: Int[Array, "T K"],
     vocab_size: int,
     second_pass: bool = True,
+    axis: str | None = None,
     chunk_bytes: int | None = None,
 ) -> PairStatistics:
     """Computes the statistics of two models a chunk of rows at a time."""
 
     def chunk(hidden_s: Array, hidden_t: Array, ids: Array) -> PairStatistics:
-        z_s, z_t = logits(hidden_s, head_s, vocab_size), logits(hidden_t, head_t, vocab_size)
-        return pair_rows(z_s, z_t, ids, second_pass)
+        z_s = shard_logits(hidden_s, head_s, vocab_size, axis)
+        z_t = shard_logits(hidden_t, head_t, vocab_size, axis)
+        return pair_rows(z_s, z_t, ids, second_pass, axis)
 
     rows = rows_per_chunk(4 * (head_s.shape[0] + head_t.shape[0]), chunk_bytes)
     return in_chunks(chunk, (hidden_s, hidden_t, ids), rows)
@@ -78,12 +101,13 @@ def head_statistics(
     ids: Int[Array, "T K"],
     k: int,
     vocab_size: int,
+    axis: str | None = None,
     chunk_bytes: int | None = None,
 ) -> HeadStatistics:
     """Computes the statistics of one model a chunk of rows at a time."""
 
     def chunk(hidden: Array, ids: Array) -> HeadStatistics:
-        return head_rows(logits(hidden, head, vocab_size), ids, k)
+        return head_rows(shard_logits(hidden, head, vocab_size, axis), ids, k, axis)
 
     return in_chunks(chunk, (hidden, ids), rows_per_chunk(4 * head.shape[0], chunk_bytes))
 
@@ -96,9 +120,10 @@ def pair_statistics_materialized(
     ids: Int[Array, "T K"],
     vocab_size: int,
     second_pass: bool = True,
+    axis: str | None = None,
 ) -> PairStatistics:
     """Computes the same from all [T, V] logits by the definitions; its small divergences are only good to 1e-5."""
-    z_s, z_t = logits(hidden_s, head_s, vocab_size), logits(hidden_t, head_t, vocab_size)
+    z_s, z_t = all_logits(hidden_s, head_s, vocab_size, axis), all_logits(hidden_t, head_t, vocab_size, axis)
     log_p, log_q = jax.nn.log_softmax(z_s), jax.nn.log_softmax(z_t)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
@@ -126,10 +151,15 @@ def pair_statistics_materialized(
 
 
 def head_statistics_materialized(
-    hidden: Float[Array, "T D"], head: Float[Array, "V D"], ids: Int[Array, "T K"], k: int, vocab_size: int
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    ids: Int[Array, "T K"],
+    k: int,
+    vocab_size: int,
+    axis: str | None = None,
 ) -> HeadStatistics:
     """Computes the same from all [T, V] logits by the definitions."""
-    z = logits(hidden, head, vocab_size)
+    z = all_logits(hidden, head, vocab_size, axis)
     log_p = jax.nn.log_softmax(z)
     top_log_p, top_ids = jax.lax.top_k(log_p, k)
     return HeadStatistics(

@@ -18,19 +18,28 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU whose metadata could b
 
 
 @pytest.fixture(scope="session")
-def device() -> Callable:
-    """A function from "h200" or a TPU topology such as "v5e:2x2" to a sharding on one such device."""
-    import jax
+def devices() -> Callable:
+    """A function from "h200" or a TPU topology such as "v5e:2x2" and a number to so many such devices."""
     from jax.experimental import topologies
 
-    def sharding_on(name: str) -> jax.sharding.Sharding:
+    def described(name: str, count: int) -> list:
         if name == "h200":
             target = (Path(__file__).parent / "h200.txtpb").read_text()
-            topology = {"platform": "cuda", "topology_name": "", "topology": "1x1x1", "target_config": target}
+            topology = {"platform": "cuda", "topology_name": "", "topology": f"1x1x{count}", "target_config": target}
         else:
             topology = {"platform": "tpu", "topology_name": name}
-        mesh = jax.sharding.Mesh(topologies.get_topology_desc(**topology).devices[:1], "x")
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return topologies.get_topology_desc(**topology).devices[:count]
+
+    return described
+
+
+@pytest.fixture(scope="session")
+def device(devices) -> Callable:
+    """A function from a name, as above, to a sharding on one such device."""
+    import jax
+
+    def sharding_on(name: str) -> jax.sharding.Sharding:
+        return jax.sharding.NamedSharding(jax.sharding.Mesh(devices(name, 1), "x"), jax.sharding.PartitionSpec())
 
     return sharding_on
 
