@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from typing import Annotated
 
 import jax
@@ -17,6 +18,7 @@ from jaxopd import distributed
 from jaxopd.errors import InputError
 from jaxopd.verbs.compare import Compare
 from jaxopd.verbs.console import keep_compiled, show_notices
+from jaxopd.verbs.convert import Convert
 from jaxopd.verbs.demo import Demo, Truth
 from jaxopd.verbs.diagnose import Diagnose, MakeReport
 from jaxopd.verbs.lab import Lab
@@ -41,6 +43,7 @@ Verb = (
     | Annotated[Preflight, tyro.conf.subcommand("preflight")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Corpus, tyro.conf.subcommand("corpus")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Toy, tyro.conf.subcommand("toy")]
 )
 
@@ -50,18 +53,13 @@ RESUMABLE = (Diagnose, Demo, Screen, Train)  # what several processes can do tog
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """On-policy distillation, measured token by token."""
+    """On-policy distillation, measured token by token. `jaxopd VERB --help` explains a verb; --version prints it."""
 
     verb: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Verb]]
-    hosts: tyro.conf.OmitArgPrefixes[tyro.conf.CascadeSubcommandArgs[distributed.Hosts]] = dataclasses.field(
-        default_factory=distributed.Hosts
-    )
 
     def run(self) -> None:
-        self.hosts.join()
-        name = type(self.verb).__name__.lower()
-        if distributed.several() and not isinstance(self.verb, RESUMABLE):
-            raise InputError(f"--distributed: found {name}, expected diagnose, demo, screen or train")
+        if isinstance(self.verb, RESUMABLE):
+            self.verb.hosts.join()
         keep_compiled()
         console = Console(quiet=not distributed.is_first())
         if not console.is_terminal:
@@ -73,6 +71,9 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb and gives the exit code of `guarded`."""
+    if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:
+        print(f"jaxopd {version('jaxopd')}")
+        return 0
     return guarded(tyro.cli(Command, args=arguments, prog="jaxopd").run)
 
 

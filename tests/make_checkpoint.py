@@ -43,8 +43,8 @@ QWEN3_0_6B = QwenConfig(
 DTYPES = {"float32": ("F32", np.dtype("<f4")), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
 
 
-def make_checkpoint(folder, config=SMALL, *, dtype="float32", tokenizer=None, seed=0):
-    """Writes config.json and model.safetensors, and copies the tokenizer's files from the folder `tokenizer`."""
+def make_checkpoint(folder, config=SMALL, *, dtype="float32", tokenizer=None, seed=0, files=1):
+    """Writes config.json and the tensors in so many files, and copies the tokenizer's from the folder `tokenizer`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_json(dtype), indent=1))
@@ -52,7 +52,16 @@ def make_checkpoint(folder, config=SMALL, *, dtype="float32", tokenizer=None, se
         shutil.copyfile(Path(tokenizer) / name, folder / name)
     abstract = nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0)))
     shapes = {hf_name(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(abstract))}
-    write_safetensors(folder / "model.safetensors", shapes, dtype, config.initializer_range, seed)
+    if files == 1:
+        write_safetensors(folder / "model.safetensors", shapes, dtype, config.initializer_range, seed)
+        return folder
+    weight_map = {}
+    for number, names in enumerate(np.array_split(list(shapes), files), 1):
+        file = f"model-{number:05}-of-{files:05}.safetensors"
+        part = {str(name): shapes[name] for name in names}
+        write_safetensors(folder / file, part, dtype, config.initializer_range, seed + number)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 

@@ -1,13 +1,16 @@
 """Where models lie: one mesh, axis "data" for rows and slots, axis "model" for what a model is split into.
 
 Along "model" the vocabulary, the heads and the FFN are split (tensor parallelism: sums over heads, FFN and vocabulary
-cross devices); along "data", where `fsdp` is asked for, what is left of each matrix, which is gathered when it is used.
+cross devices); along "data", where `fsdp` is asked for, the other axis of each matrix, which is gathered when it is
+used, and the vocabulary once more.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -15,8 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxopd.errors import InputError
 from jaxopd.models.config import QwenConfig
+from jaxopd.models.qwen import Qwen
 
-SPLIT_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+TABLES = ("embed_tokens", "lm_head")  # a row a vocabulary entry
+SPLIT_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", *TABLES)
 SPLIT_INPUTS = ("o_proj", "down_proj")
 
 
@@ -29,6 +34,17 @@ def device_mesh(devices: int | Sequence[Any] | None = None, *, model: int = 1) -
     if model < 1 or chosen.size % model:
         raise InputError(f"--model-parallel: found {model}, expected a divisor of the number of devices, {chosen.size}")
     return Mesh(chosen.reshape(-1, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def abstract_model(
+    config: QwenConfig, dtype: str, mesh: Mesh | None = None, *, fsdp: bool = False
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Gives a model as its graph and the shape, dtype and, on a mesh, sharding of each parameter; no arrays."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0))))
+    if mesh is None:
+        return graph, state
+    shardings = parameter_shardings(state, config, mesh, fsdp=fsdp)
+    return graph, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
 def parameter_shardings(state: nnx.State, config: QwenConfig, mesh: Mesh, *, fsdp: bool = False) -> nnx.State:
@@ -52,10 +68,18 @@ def _partition(path: tuple, shape: tuple[int, ...], config: QwenConfig, mesh: Me
     heads = {"q_proj": config.num_heads, "o_proj": config.num_heads}
     heads |= dict.fromkeys(("k_proj", "v_proj"), config.num_kv_heads)
     split = len(shape) - 1 if name in SPLIT_INPUTS else 0
+
+    def divides(axes: tuple[str, ...], count: int) -> bool:
+        devices = math.prod(mesh.shape[axis] for axis in axes)
+        return devices > 1 and count % devices == 0
+
+    # A table split by width would have XLA split the activations so, and sum products where it should gather weights.
+    if fsdp and name in TABLES and divides(("model", "data"), shape[0]):
+        return P(("model", "data"))
     spec: list[str | None] = [None] * len(shape)
-    if heads.get(name, shape[split]) % mesh.shape["model"] == 0 and mesh.shape["model"] > 1:
+    if divides(("model",), heads.get(name, shape[split])):
         spec[split] = "model"
-    if fsdp and len(shape) == 2 and shape[1 - split] % mesh.shape["data"] == 0 and mesh.shape["data"] > 1:
+    if fsdp and name not in TABLES and len(shape) == 2 and divides(("data",), shape[1 - split]):
         spec[1 - split] = "data"
     return P(*spec)
 
@@ -64,3 +88,16 @@ def mesh_of(tree: nnx.Module | nnx.State | jax.Array) -> Mesh | None:
     """Gives the mesh that arrays lie on, None on a single device that no mesh named."""
     sharding = jax.tree.leaves(tree)[0].sharding
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def split_mesh(tree: nnx.Module | nnx.State) -> Mesh | None:
+    """Gives the mesh over whose axis "model" a model is split, None where each device that has it has the whole."""
+    mesh = mesh_of(tree)
+    split = any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree))
+    return mesh if mesh is not None and mesh.shape.get("model", 1) > 1 and split else None
+
+
+def held_bytes(tree: nnx.Module | nnx.State) -> int:
+    """Counts the bytes that arrays take on all devices together, copies included."""
+    leaves = [(leaf.sharding, leaf) for leaf in jax.tree.leaves(tree)]
+    return sum(at.num_devices * math.prod(at.shard_shape(x.shape)) * x.dtype.itemsize for at, x in leaves)

@@ -1,49 +1,72 @@
-"""Hugging Face folders <-> Qwen modules, and orbax checkpoints."""
+"""Hugging Face folders <-> Qwen modules, on one device or spread over a mesh."""
 
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from jaxopd.errors import InputError
+from jaxopd.models.checkpoints import DTYPES, abstract_checkpoint, is_checkpoint, load_checkpoint
 from jaxopd.models.config import QwenConfig, read_json, shown
 from jaxopd.models.qwen import Qwen
+from jaxopd.models.sharding import abstract_model
 
-DTYPES = ("float32", "bfloat16")
 STORED = ("F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
 
 
-def load_model(path: str | Path, *, dtype: str = "float32") -> Qwen:
-    """Loads a Hugging Face folder (or, with a network, a hub id) of a dense Qwen3 or Qwen2 model.
+def load_model(path: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, fsdp: bool = False) -> Qwen:
+    """Loads a dense Qwen3 or Qwen2 model: a Hugging Face folder, a hub id, or what `save_checkpoint` wrote.
 
-    Single or sharded safetensors, tied or untied; a redundant stored head of a tied model is not read. Tensors
-    go to the device one at a time, the largest first, so that host memory holds the file about once. bfloat16
-    keeps the file's bits; float32 widens them. Raises InputError naming the file or tensor at fault.
+    mesh: where the model lies, see `parameter_shardings`; each process reads only the bytes that its devices hold. A
+    mesh whose axis "model" is 1, without fsdp, gets a copy on every device; None, the default device one.
+    Single or sharded safetensors, tied or untied; a redundant stored head of a tied model is not read. Shards of
+    tensors go to the devices one at a time, the largest tensors first, so that host memory holds little beside them.
+    bfloat16 keeps the file's bits; float32 widens them. Raises InputError naming the file or tensor at fault.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
-    graph, state, wanted, files = _plan(path, dtype)
+    folder = resolve(path)
+    if is_checkpoint(folder):
+        return load_checkpoint(folder, dtype=dtype, mesh=mesh, fsdp=fsdp)
+    graph, state, wanted, files = _plan(folder, dtype, mesh, fsdp)
     loaded = {}
     for name in sorted(wanted, key=lambda n: -np.prod(wanted[n].shape)):
         # Reopened per tensor: the pages of a mapped file count as memory until it is closed.
         with safe_open(files[name], "numpy") as file:
-            loaded[name] = jax.block_until_ready(jnp.array(file.get_tensor(name), dtype=dtype))
+            loaded[name] = _read(file.get_slice(name), wanted[name])
     flat = [(p, v.replace(loaded.pop(hf_name(p)))) for p, v in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def _read(stored: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Reads a tensor onto one device; or the shards of it that devices of this process hold, each of them once."""
+    if like.sharding is None:
+        return jax.block_until_ready(jnp.array(stored[:], dtype=like.dtype))
+    holders = defaultdict(list)
+    for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
+        holders[tuple((part.start, part.stop) for part in index or ())].append(device)
+    pieces = []
+    for bounds, devices in holders.items():
+        shard = stored[tuple(slice(*bound) for bound in bounds)].astype(like.dtype, copy=False)
+        pieces += jax.block_until_ready([jax.device_put(shard, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, pieces, dtype=like.dtype)
+
+
 def check_model(path: str | Path) -> QwenConfig:
-    """Reads a checkpoint's config and headers, no tensor; raises InputError where `load_model` would."""
-    return nnx.merge(*_plan(path, "float32")[:2]).config
+    """Reads a model's config and headers, no tensor; raises InputError where `load_model` would."""
+    folder = resolve(path)
+    abstract = abstract_checkpoint(folder) if is_checkpoint(folder) else _plan(folder, "float32")[:2]
+    return nnx.merge(*abstract).config
 
 
 def save_model(model: Qwen, path: str | Path, *, tokenizer: Any = None) -> None:
@@ -57,30 +80,6 @@ def save_model(model: Qwen, path: str | Path, *, tokenizer: Any = None) -> None:
     (folder / "config.json").write_text(json.dumps(model.config.to_json(str(model.dtype)), indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def save_checkpoint(model: Qwen, path: str | Path) -> None:
-    """Saves `model` through orbax, with its config.json beside the arrays."""
-    path = Path(path).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "state", nnx.to_pure_dict(nnx.split(model)[1]), force=True)
-    (path / "config.json").write_text(json.dumps(model.config.to_json(str(model.dtype)), indent=2) + "\n")
-
-
-def load_checkpoint(path: str | Path) -> Qwen:
-    """Loads a model that `save_checkpoint` wrote. Raises InputError when the folder holds none."""
-    path = Path(path).absolute()
-    config = QwenConfig.from_json(path / "config.json")
-    dtype = read_json(path / "config.json").get("dtype", "float32")
-    if dtype not in DTYPES:
-        raise InputError(f"{path / 'config.json'}: field dtype: found {shown(dtype)}, expected {' or '.join(DTYPES)}")
-    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0))))
-    if not (path / "state").exists():
-        raise InputError(f"{path / 'state'}: found no such folder, expected an orbax checkpoint there")
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(path / "state", nnx.to_pure_dict(state))
-    nnx.replace_by_pure_dict(state, restored)
-    return nnx.merge(graph, state)
 
 
 def hf_name(path: tuple) -> str:
@@ -106,15 +105,16 @@ def resolve(path: str | Path) -> Path:
         raise InputError(f"{path}: found no such folder and the hub gave none ({reason})") from None
 
 
-def _plan(path: str | Path, dtype: str) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any], dict[str, Path]]:
-    """Gives the module without arrays, the shape of each tensor and the file that holds it."""
-    folder = resolve(path)
+def _plan(
+    folder: Path, dtype: str, mesh: Mesh | None = None, fsdp: bool = False
+) -> tuple[nnx.GraphDef, nnx.State, dict[str, Any], dict[str, Path]]:
+    """Gives the module without arrays, the shape and place of each tensor and the file that holds it."""
     config = QwenConfig.from_json(folder / "config.json")
     files = _locate(folder)
     last = f"model.layers.{config.num_layers - 1}.self_attn.q_proj.weight"
     if last not in files:  # known before a module of as many layers as a config may claim is traced
         raise InputError(f"{folder}: found no tensor {last}, expected it for this config.json")
-    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0))))
+    graph, state = abstract_model(config, dtype, mesh, fsdp=fsdp)
     wanted = {hf_name(p): v for p, v in nnx.to_flat_state(state)}
     _check_tensors(folder, files, wanted)
     return graph, state, wanted, files

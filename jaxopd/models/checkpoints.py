@@ -1,0 +1,92 @@
+"""Orbax checkpoints of models: saved from one mesh and restored on another, each process its own part of the bytes."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from jaxopd.distributed import is_first
+from jaxopd.errors import InputError
+from jaxopd.models.config import QwenConfig, read_json, shown
+from jaxopd.models.qwen import Qwen
+from jaxopd.models.sharding import abstract_model
+
+DTYPES = ("float32", "bfloat16")
+ARRAYS = "state"  # folder of the arrays, beside config.json
+CHUNK_BYTES = 16 << 20  # a file's chunk is read whole, and a shard of another mesh needs parts of it
+READ_AT_ONCE_GB = 8  # by a process, beside its devices' memory; more than any one parameter
+
+
+def save_checkpoint(model: Qwen, path: str | Path) -> None:
+    """Saves `model` through orbax, with its config.json beside the arrays; every process of a mesh calls this."""
+    path = Path(path).absolute()
+    arrays = nnx.to_pure_dict(nnx.split(model)[1])
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / ARRAYS, arrays, save_args=chunks, force=True)
+    if is_first():
+        (path / "config.json").write_text(json.dumps(model.config.to_json(str(model.dtype)), indent=2) + "\n")
+
+
+def load_checkpoint(
+    path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, fsdp: bool = False
+) -> Qwen:
+    """Loads a model that `save_checkpoint` wrote, whatever mesh it lay on, as `load_model` would place it.
+
+    dtype: by default that of the checkpoint. Raises InputError where the folder holds no such model.
+    """
+    path = Path(path).absolute()
+    graph, state = abstract_checkpoint(path, dtype=dtype, mesh=mesh, fsdp=fsdp)
+    if mesh is None:
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+    with _told(path), ocp.StandardCheckpointer(restore_concurrent_gb=READ_AT_ONCE_GB) as checkpointer:
+        restored = checkpointer.restore(path / ARRAYS, nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, restored)
+    return nnx.merge(graph, state)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Says whether a folder is one that `save_checkpoint` wrote."""
+    return (path / ARRAYS).is_dir()
+
+
+def abstract_checkpoint(
+    path: Path, *, dtype: str | None = None, mesh: Mesh | None = None, fsdp: bool = False
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Gives a checkpoint's `abstract_model`; raises InputError where config.json and the arrays do not fit."""
+    config = QwenConfig.from_json(path / "config.json")
+    stored = read_json(path / "config.json").get("dtype", "float32")
+    if stored not in DTYPES:
+        raise InputError(f"{path / 'config.json'}: field dtype: found {shown(stored)}, expected {' or '.join(DTYPES)}")
+    if not is_checkpoint(path):
+        raise InputError(f"{path / ARRAYS}: found no such folder, expected an orbax checkpoint there")
+    graph, state = abstract_model(config, dtype or stored, mesh, fsdp=fsdp)
+    wanted = {".".join(map(str, name)): x.shape for name, x in nnx.to_flat_state(state)}
+    with _told(path), ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.metadata((path / ARRAYS).absolute()).item_metadata
+        if arrays is None:
+            raise ValueError("its arrays are not described")
+        found = {x.name: x.shape for x in jax.tree.leaves(arrays.tree)}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            shapes = (shapes.get(name, "none") for shapes in (found, wanted))
+            raise InputError("{}: tensor {}: found {}, expected {}".format(path / ARRAYS, name, *shapes))
+    return graph, state
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns what orbax says of unreadable files, in exceptions of many kinds, into one sentence."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # of the devices
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path / ARRAYS}: found no readable checkpoint ({reason}), expected a whole one") from None

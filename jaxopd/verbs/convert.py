@@ -1,0 +1,37 @@
+"""jaxopd convert."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxopd.errors import InputError
+from jaxopd.models import load_model, save_checkpoint
+from jaxopd.models.sharding import device_mesh
+from jaxopd.models.weights import INDEX, resolve
+
+BESIDE = ("*.json", "*.txt", "*.jinja")  # tokenizer and generation settings
+REPLACED = ("config.json", INDEX)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turns a Hugging Face model into an orbax checkpoint, from which any number of hosts reads each its own part."""
+
+    model: str
+    """Hugging Face folder or hub id."""
+    out: str
+    """New folder; it serves wherever a model's folder is asked for."""
+    dtype: str = "bfloat16"
+    """Of the parameters as they are kept: float32 or bfloat16."""
+
+    def run(self, console: Console) -> None:
+        source, out = resolve(self.model), Path(self.out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out}: found something there, expected a new folder")
+        save_checkpoint(load_model(source, dtype=self.dtype, mesh=device_mesh(), fsdp=True), out)
+        for file in {file for pattern in BESIDE for file in source.glob(pattern)}:
+            if file.name not in REPLACED:
+                shutil.copyfile(file, out / file.name)
+        console.print(f"checkpoint: {out}")
