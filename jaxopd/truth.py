@@ -18,6 +18,7 @@ from jaxopd.alignment import STATISTICS, node_alignment, summarize
 from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.diagnose.nodes import included
 from jaxopd.diagnose.session import Progress, Session
+from jaxopd.distributed import fetch
 from jaxopd.errors import InputError
 from jaxopd.gradients import reverse_kl
 from jaxopd.lab.allocations import disagreements, initial, launched
@@ -143,7 +144,7 @@ def _raw_policy(session: Session, index: int) -> dict[str, str | float]:
         for row, prefix in enumerate(prefixes):
             tokens[row, : last[row] + 1] = prompt + prefix
         # Padding follows the tokens and attention is causal, so a row may be read before its end.
-        z = np.asarray(logits(session.student, tokens))[np.arange(len(prefixes)), last].astype(np.float64)
+        z = fetch(logits(session.student, tokens))[np.arange(len(prefixes)), last].astype(np.float64)
         return z - np.logaddexp.reduce(z, 1, keepdims=True)
 
     rolled, _ = session.run.load(f"rollouts/{index:05d}")

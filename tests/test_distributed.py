@@ -30,6 +30,7 @@ TRAIN = (
     "--batch 2 --rollouts 2 --mini-batch 2 --micro-batch 8 --max-tokens 40 --slots 16 --steps 1 --warmup 0 "
     "--learning-rate 1e-5"
 ).split()
+SPLIT = ["--model-parallel", "4", "--fsdp"]  # the larger teacher lies across both processes
 TABLES = ("questions", "paths", "nodes", "tokens", "cosines")
 
 
@@ -111,35 +112,39 @@ def test_a_single_process_decides_and_fetches_for_itself() -> None:
 
 @pytest.fixture(scope="module")
 def outs(tmp_path_factory) -> dict[tuple[str, int], Path]:
-    """The folders of a diagnosis and a training run with 1, 2 and 4 processes."""
+    """The folders of a diagnosis and a training run with 1, 2 and 4 processes, and of both with a split teacher."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
-    for name, command in (("diagnose", DIAGNOSE), ("train", TRAIN)):
-        for processes in (1, 2, 4):
-            found[name, processes] = out = folder / f"{name}-{processes}"
-            with started(joined([*command, "--out", str(out)], processes)) as running:
-                ended = finish(running)
-            assert [code for code, _, _ in ended] == [0] * processes, ended
-            printed = [line for _, out, _ in ended[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
-            assert not printed, "process 0 alone prints"
+    commands = [(name, n, command) for name, command in (("diagnose", DIAGNOSE), ("train", TRAIN)) for n in (1, 2, 4)]
+    commands += [("diagnose, split", 2, [*DIAGNOSE, *SPLIT]), ("train, split", 2, [*TRAIN, *SPLIT])]
+    for name, processes, command in commands:
+        found[name, processes] = out = folder / f"{name}-{processes}"
+        with started(joined([*command, "--out", str(out)], processes)) as running:
+            ended = finish(running)
+        assert [code for code, _, _ in ended] == [0] * processes, ended
+        printed = [line for _, out, _ in ended[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
+        assert not printed, "process 0 alone prints"
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("run", [("diagnose", 2), ("diagnose", 4), ("diagnose, split", 2)])
 @pytest.mark.parametrize("table", TABLES)
-def test_records_of_several_processes_are_those_of_one(outs, table, processes) -> None:
-    alone, together = (pd.read_parquet(outs["diagnose", n] / "records" / f"{table}.parquet") for n in (1, processes))
+def test_records_of_several_processes_are_those_of_one(outs, table, run) -> None:
+    alone, together = (pd.read_parquet(outs[key] / "records" / f"{table}.parquet") for key in (("diagnose", 1), run))
     assert len(alone) > 0
     floats = alone.select_dtypes("floating").columns
     pd.testing.assert_frame_equal(together.drop(columns=floats), alone.drop(columns=floats))
-    np.testing.assert_allclose(together[floats], alone[floats], rtol=1e-5, atol=1e-5)
+    cosines = [name for name in floats if name.startswith("align_")]  # of gradients that may be as small as 1e-3
+    np.testing.assert_allclose(together[cosines], alone[cosines], rtol=0, atol=1e-3)
+    rest = floats.difference(cosines)
+    np.testing.assert_allclose(together[rest], alone[rest], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_parameters_of_several_processes_are_those_of_one(outs, processes) -> None:
+@pytest.mark.parametrize("run", [("train", 2), ("train", 4), ("train, split", 2)])
+def test_parameters_of_several_processes_are_those_of_one(outs, run) -> None:
     """To a tenth of what the step changed, which is less than 1e-5."""
-    folders = MODELS / "S", outs["train", 1] / "student", outs["train", processes] / "student"
+    folders = MODELS / "S", outs["train", 1] / "student", outs[run] / "student"
     before, alone, together = (load_file(folder / "model.safetensors") for folder in folders)
     moved = {name: np.asarray(x, np.float32) - np.asarray(before[name], np.float32) for name, x in alone.items()}
     most = max(np.abs(change).max() for change in moved.values())

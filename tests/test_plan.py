@@ -5,16 +5,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from numpy.testing import assert_allclose
 
 from jaxopd import cli
+from jaxopd.diagnose import DiagnoseConfig
 from jaxopd.errors import InputError
 from jaxopd.models import QwenConfig, init_model
-from jaxopd.models.sharding import device_mesh
+from jaxopd.models.sharding import device_mesh, held_bytes, parameter_shardings
 from jaxopd.plan import (
     HARDWARE,
     DiagnosisWork,
@@ -28,6 +31,7 @@ from jaxopd.plan.diagnosis import rollout_memory
 from jaxopd.plan.roofline import decoding, reading, weight_bytes
 from jaxopd.rollouts import Engine, Requests, Sampling
 from jaxopd.rollouts.plan import USABLE
+from jaxopd.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = QwenConfig(997, 32, 64, 3, 4, 2, 8, max_positions=4096)
@@ -89,7 +93,7 @@ def test_what_binds_changes_with_the_number_of_slots():
 
 
 def test_devices_share_the_time_and_a_reached_share_divides_it():
-    work = DiagnosisWork(slots=256)
+    work = DiagnosisWork(slots=256, dtype="bfloat16")
     one = plan_diagnosis(QWEN3_0_6B, {"T": QWEN3_8B}, QWEN3_8B, work, HARDWARE["h200"], 1)
     reached = plan_diagnosis(QWEN3_0_6B, {"T": QWEN3_8B}, QWEN3_8B, work, HARDWARE["h200"], 1)
     faster = dataclasses.replace(HARDWARE["h200"], reached=1.0)
@@ -111,6 +115,32 @@ def test_training_holds_masters_moments_and_teachers():
     assert plan.stages[0].tokens == 200 * 8 * 2 * 100
     doubled = plan_training_run(SMALL, {"T": UNTIED}, dataclasses.replace(work, steps=400), SLOW, 2)
     assert_allclose(doubled.seconds, 2 * plan.seconds)
+
+
+@pytest.mark.parametrize("work, verb", [(DiagnosisWork(), DiagnoseConfig), (TrainingWork(), TrainConfig)])
+def test_a_plan_is_by_default_of_what_the_verb_does(work, verb):
+    known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(verb)}
+    shared = {name: value for name, value in dataclasses.asdict(work).items() if name in known}
+    shared.pop("questions", None)  # a number here, a file there
+    assert len(shared) >= 5
+    assert shared == {name: known[name] for name in shared}
+
+
+def test_a_split_teacher_is_counted_as_it_lies():
+    graph, state = nnx.split(init_model(UNTIED))
+    there = jax.device_put(state, parameter_shardings(state, UNTIED, device_mesh(8, model=2), fsdp=True))
+    work = DiagnosisWork(dtype="float32", model_parallel=2, fsdp=True)
+    plan = plan_diagnosis(SMALL, {"T": UNTIED}, UNTIED, work, SLOW, 8)
+    assert plan.memory["scoring, T"]["teacher"] == held_bytes(there) / 8
+    engine = Engine(nnx.merge(graph, there))
+    assert dict(engine.mesh.shape) == {"data": 4, "model": 2}
+    assert plan.memory["demonstrations, large"]["weights"] == engine.weights / 8
+    training = TrainingWork(batch=8, rollouts=2, micro_batch=8, max_tokens=256, response_tokens=100, dtype="float32")
+    training = dataclasses.replace(training, model_parallel=2, fsdp=True)
+    found = plan_training_run(SMALL, {"T": UNTIED}, training, SLOW, 8)
+    assert found.memory["update"]["teachers"] == held_bytes(there) / 8
+    with pytest.raises(InputError, match="--model-parallel: found 3"):
+        plan_diagnosis(SMALL, {"T": UNTIED}, None, dataclasses.replace(work, model_parallel=3), SLOW, 8)
 
 
 def test_this_machine_is_measured():
@@ -137,6 +167,7 @@ def test_the_command(tmp_path, capsys):
         (["--large", str(tmp_path / "none.json")], "none.json: found no such file"),
         (["--teacher", "T"], "--teacher: found 'T'"),
         (["diagnosis", "--slots", "0"], "slots: found 0"),
+        (["diagnosis", "--response-tokens", "600"], "response_tokens: found 600, expected at most max_tokens, 512"),
     ):
         assert cli.main([*arguments, *wrong]) == 2
         assert words in capsys.readouterr().err

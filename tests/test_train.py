@@ -165,9 +165,11 @@ def test_the_trained_student_differs_and_loads(whole):
     assert all(np.isfinite(line["train/loss"]) and 0 <= line["overlap/ratio"] <= 1 for line in lines)
 
 
-def first_gradients(tmp_path, name: str, same_rollouts: bool = False, **changes) -> tuple[float, nnx.State]:
+def first_gradients(
+    tmp_path, name: str, same_rollouts: bool = False, devices: int = 1, **changes
+) -> tuple[float, nnx.State]:
     """Loss and gradients of the first batch; same_rollouts: of float32's responses, whatever the precision."""
-    trainer = Trainer(replace(CONFIG, mini_batch=4, **changes), tmp_path / name, quiet, device_mesh(1))
+    trainer = Trainer(replace(CONFIG, mini_batch=4, **changes), tmp_path / name, quiet, device_mesh(devices))
     drawing = Collector(replace(trainer.config, dtype="float32"), trainer.setup) if same_rollouts else trainer.collect
     batch = drawing.draw(trainer.params, 0)
     scored, micros = trainer.collect.score(trainer.params, batch)
@@ -187,6 +189,17 @@ def test_micro_batches_and_remat_do_not_matter(tmp_path, objective):
         largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
         for a, b in zip(*map(jax.tree.leaves, (gradients, gradients_too)), strict=True):
             assert_allclose(a, b, atol=2e-5 * largest)
+
+
+@pytest.mark.parametrize("objective", ["topk_paper", "full"])
+def test_a_teacher_split_over_devices_says_the_same(tmp_path, objective):
+    changes = {"objective": ObjectiveConfig(objective, k=4)}
+    loss, gradients = first_gradients(tmp_path, "whole", **changes)
+    loss_too, gradients_too = first_gradients(tmp_path, "split", devices=8, model_parallel=2, fsdp=True, **changes)
+    assert_allclose(loss_too, loss, rtol=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
+    for a, b in zip(*map(jax.tree.leaves, (gradients, gradients_too)), strict=True):
+        assert_allclose(a, b, atol=2e-5 * largest)
 
 
 def test_bfloat16_computes_what_float32_does(tmp_path):

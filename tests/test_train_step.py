@@ -1,6 +1,7 @@
 """The pure parts of a step: no logits of all rows, padding that changes nothing, parameters spread over devices."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import jaxopd_kernels.loss
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxopd.models import QwenConfig, init_model, logits
 from jaxopd.models.attention import causal_attention
 from jaxopd.models.qwen import embedded
-from jaxopd.models.sharding import device_mesh
+from jaxopd.models.sharding import device_mesh, parameter_shardings
 from jaxopd.train import vocabulary
 from jaxopd.train.batch import Batch, Sequences, taken
 from jaxopd.train.objectives import ObjectiveConfig, make_objective
@@ -147,6 +149,12 @@ def test_token_log_probs_and_top_tokens(monkeypatch):
     order = np.argsort(-np.asarray(hidden @ head.T), -1)
     for k in (4, 80):
         assert_array_equal(top_tokens(hidden, head, k), order[:, :k])
+    split = partial(top_tokens, k=80, vocab_size=88, axis="model")
+    found = jax.shard_map(
+        split, mesh=device_mesh(2, model=2), in_specs=(P(), P("model")), out_specs=P(), check_vma=False
+    )
+    order = np.argsort(-np.asarray(hidden @ head[:88].T), -1)
+    assert_array_equal(jax.jit(found)(hidden, head), order[:, :80])
 
 
 def relative_error(found, exact):
@@ -190,6 +198,24 @@ def test_scores_are_the_same_on_one_and_eight_devices():
     assert_allclose(np.asarray(one["reverse_kl"])[mask], expected[mask], atol=1e-5)
     sampled = np.take_along_axis(np.asarray(log_q), np.maximum(responses, 0)[..., None], -1)[..., 0]
     assert_allclose(np.asarray(one["sampled_log_q"])[mask], sampled[mask], atol=1e-5)
+
+
+def test_scores_under_a_split_teacher_are_those_of_a_whole_one():
+    """A vocabulary of 150 in four shares, of which the teacher has six tokens more; two heads of keys stay whole."""
+    student = nnx.split(init_model(replace(SMALL, vocab_size=150)))
+    config = replace(SMALL, vocab_size=156, hidden_size=24, num_heads=4, num_kv_heads=2, tie_embeddings=False)
+    graph, state = nnx.split(init_model(config, seed=1))
+    prompts, responses = rows(SMALL, b=8)
+    sequences = Sequences.join(prompts, responses, 8)
+    given, settings = (sequences, sequences, responses), {"k": 3, "dtype": "float32"}
+    whole = score(*student, graph, state, *given, mesh=device_mesh(1), **settings)
+    mesh = device_mesh(model=4)
+    spread_out = student[0], spread(student[1], mesh)
+    split = jax.device_put(state, parameter_shardings(state, config, mesh, fsdp=True))
+    found = score(*spread_out, graph, split, *given, mesh=mesh, split=True, **settings)
+    assert found["teacher_states"].addressable_shards[0].data.shape == (1, 6, 24)
+    for name in whole:
+        assert_allclose(found[name], whole[name], atol=1e-5, err_msg=name)
 
 
 def test_spread_splits_the_largest_axis_that_divides():

@@ -74,6 +74,12 @@ class DiagnoseConfig:
     """Parameters and activations: float32 or bfloat16."""
     slots: int = 256
     """Sequences decoded at once."""
+    model_parallel: int = 1
+    """Devices that share one copy of a teacher, or of the larger model: its vocabulary, heads and FFN are split."""
+    fsdp: bool = False
+    """Split over the other devices what --model-parallel leaves of these models' matrices; gathered when used."""
+    split_student: bool = False
+    """Split the student as the teachers are; by default each device holds a copy."""
     seed: int = 0
     """Seed of every draw."""
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from jaxopd.diagnose.launches import joined, launch, rollout_counts
 from jaxopd.diagnose.nodes import path_tree, student_hidden, teacher_scores
 from jaxopd.diagnose.session import Session
+from jaxopd.distributed import fetch
 from jaxopd.tree import Counts, PathTree, Targets
 from jaxopd.tree.allocation import ExitProblem, SpreadNumbers, global_cosines, spend
 from jaxopd.tree.success import Z95
@@ -98,7 +99,7 @@ def _rest_tokens(
         part = nodes[low : low + NODES_AT_ONCE]
         padded = np.resize(part, NODES_AT_ONCE)
         key = jax.random.key(int(rng.integers(2**31)))
-        drawn.append(np.asarray(_draw_outside(key, hidden[padded], head, tree.candidates[padded]))[: len(part)])
+        drawn.append(fetch(_draw_outside(key, hidden[padded], head, tree.candidates[padded]))[: len(part)])
     return np.concatenate(drawn) if drawn else np.zeros(0, np.int64)
 
 

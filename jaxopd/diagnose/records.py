@@ -2,15 +2,17 @@
 
 Tables (parquet under RUN/records/, one row each):
 
-questions  question, task, prompt, gold, pass_rate, difficulty, counts of rollouts and paths, excluded (why, or "")
-paths      question, path, correct, length, finish, text
-nodes      question, path, t, teacher, estimator: probabilities, P_succ with interval, V(u), success range, |g_ideal|,
-           teacher advantage (Eq. 2.1), full-vocabulary divergences, align_<form> and align_<form>_restricted (Eq. 2.12)
-tokens     question, path, t, token: P, Q of each teacher, visits (all, and those that count for on_policy), launches
-           of targeted rollouts there; P_succ with its standard error and interval per estimator; how many initial
-           rollouts took it, their mean R - Rbar, and the mean sum of log q - log p from there on per teacher
-cosines    question, teacher: global cosine of reverse KL over all tokens compared, noise taken out of its norm, with
-           the 95 % interval that its rollouts give (tree/allocation.py)
+    questions  question, task, prompt, gold, pass_rate, difficulty, counts of rollouts and paths, excluded (why, or "")
+    paths      question, path, correct, length, finish, text
+    nodes      question, path, t, teacher, estimator: probabilities, P_succ with interval, V(u), success range,
+               |g_ideal|, teacher advantage (Eq. 2.1), full-vocabulary divergences, align_FORM and align_FORM_restricted
+               (Eq. 2.12)
+    tokens     question, path, t, token: P, Q of each teacher, visits (all, and those that count for on_policy),
+               launches of targeted rollouts there; P_succ with its standard error and interval per estimator; how many
+               initial rollouts took it, their mean R - Rbar, and the mean sum of log q - log p from there on per
+               teacher
+    cosines    question, teacher: global cosine of reverse KL over all tokens compared, noise taken out of its norm,
+               with the 95 % interval that its rollouts give (tree/allocation.py)
 """
 
 from collections.abc import Callable, Mapping

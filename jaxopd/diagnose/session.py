@@ -16,6 +16,7 @@ from jaxopd.claims import Claims
 from jaxopd.diagnose.config import DiagnoseConfig
 from jaxopd.errors import InputError
 from jaxopd.models import Qwen, chat_tokens, check_model, check_vocabulary, load_model, load_tokenizer, stop_token_ids
+from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts import Engine, Sampling
 from jaxopd.rollouts.sampling import seed_of
 from jaxopd.runs import RunFolder
@@ -29,6 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 SAMPLED_BYTES = 1 << 20  # of each end of a model's file: reading 60 GB to resume would take minutes
+PLACEMENT = ("model_parallel", "fsdp", "split_student")  # a run may be resumed with others: its results are the same
 WAIT_SECONDS = 1.0  # between looks at the pieces of other jobs
 KEPT = 256  # results of `per_question` functions a session holds
 
@@ -69,6 +71,7 @@ class Session:
         self.kept: dict[tuple, Any] = {}
         self._models: dict[str, Qwen] = {}
         self._engines: dict[str, Engine] = {}
+        self.mesh = device_mesh(model=config.model_parallel)
         self.student = self.model(config.student)
         self.tokenizer = load_tokenizer(config.student)
         check_vocabulary(self.tokenizer, self.student.config, config.student)
@@ -85,8 +88,9 @@ class Session:
                 f"{config.questions}: question {self.questions[longest].id}: found a prompt of "
                 f"{len(self.prompts[longest])} tokens, expected under the context of {context}"
             )
-        facts = json.loads(json.dumps(dataclasses.asdict(config)))  # as it will be read: tuples are lists
-        defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+        kept = [field for field in dataclasses.fields(config) if field.name not in PLACEMENT]
+        facts = json.loads(json.dumps({f.name: getattr(config, f.name) for f in kept}))  # as read: tuples are lists
+        defaults = {f.name: f.default for f in kept if f.default is not dataclasses.MISSING}
         self.run = RunFolder.create(out, facts | {"input_digest": self._input_digest()}, defaults)
         self.claims = Claims(self.run)
 
@@ -115,12 +119,14 @@ class Session:
         return digest.hexdigest()
 
     def model(self, path: str) -> Qwen:
-        """Loads a model; the student stays, of the others only the last one used."""
+        """Loads a model over all devices; the student stays, of the others only the last one used."""
         if path not in self._models:
             for other in [p for p in self._models if p != self.config.student]:
                 del self._models[other]
                 self._engines.pop(other, None)
-            self._models[path] = load_model(path, dtype=self.config.dtype)
+            split = path != self.config.student or self.config.split_student
+            mesh, fsdp = (self.mesh, self.config.fsdp) if split else (device_mesh(), False)
+            self._models[path] = load_model(path, dtype=self.config.dtype, mesh=mesh, fsdp=fsdp)
         return self._models[path]
 
     def engine(self, path: str) -> Engine:

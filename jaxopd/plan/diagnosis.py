@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jaxopd.diagnose.config import RESPONSES
+from jaxopd.diagnose.config import RESPONSES, DiagnoseConfig
 from jaxopd.models.config import QwenConfig
+from jaxopd.models.sharding import held_bytes
 from jaxopd.plan.hardware import Hardware, ImaginedMesh
-from jaxopd.plan.roofline import Stage, decoding, reading, weight_bytes
+from jaxopd.plan.roofline import Stage, decoding, reading, split_model, weight_bytes
 from jaxopd.responses import TOKENS_AT_ONCE
 from jaxopd.rollouts.plan import USABLE, MemoryPlan, plan_memory
 from jaxopd.train.plan import scoring_bytes
@@ -16,32 +17,41 @@ from jaxopd.train.plan import scoring_bytes
 
 @dataclass(frozen=True)
 class DiagnosisWork:
-    """What is asked of a diagnosis; lengths in tokens, numbers a question."""
+    """What is asked of a diagnosis, by default what `jaxopd diagnose` does; lengths in tokens, numbers a question."""
 
     questions: int = 100
     """Questions."""
     prompt_tokens: int = 200
     """Tokens of a prompt."""
-    response_tokens: int = 500
+    response_tokens: int = DiagnoseConfig.max_tokens // 2
     """Tokens of a response in the mean."""
-    max_tokens: int = 2048
+    max_tokens: int = DiagnoseConfig.max_tokens
     """Response length limit, tokens."""
-    rollouts: int = 200
+    rollouts: int = DiagnoseConfig.rollouts
     """Initial rollouts a question; exits stop at 20 or soon after where both outcomes are common."""
     targeted_tokens: int | None = None
     """Tokens drawn by a question's targeted rollouts; by default those of 600 mean responses, the most exits take."""
-    paths: int = 4
-    """Representative paths a question, which every teacher scores."""
+    paths: int = DiagnoseConfig.paths
+    """Representative paths of each outcome, correct and incorrect, which every teacher scores."""
     self_teachers: int = 5
     """Teachers that are the student with a context."""
     context_tokens: int = 1000
     """Tokens of such a context."""
-    demonstration_trials: int = 60
+    demonstration_trials: int = DiagnoseConfig.demonstration_trials
     """Samples tried for demonstrations, a question and source."""
-    slots: int = 256
+    slots: int = DiagnoseConfig.slots
     """Sequences decoded at once, over all devices."""
-    dtype: str = "bfloat16"
+    dtype: str = DiagnoseConfig.dtype
     """Parameters and activations."""
+    model_parallel: int = DiagnoseConfig.model_parallel
+    """Devices that share one copy of a teacher, or of the larger model."""
+    fsdp: bool = DiagnoseConfig.fsdp
+    """Split over the other devices what is left of these models' matrices."""
+
+    @property
+    def all_paths(self) -> int:
+        """A question's paths, of both outcomes."""
+        return 2 * self.paths
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,12 @@ def plan_diagnosis(
     hardware: Hardware,
     devices: int,
 ) -> Plan:
-    """Plans a diagnosis on `devices` equal devices, each with the whole student and one other model at a time.
+    """Plans a diagnosis on `devices` equal devices, each with the student and its share of one other model at a time.
 
-    Rollouts are spread over the devices; responses are read on one, as a run does it. Each teacher reads the paths
+    Rollouts are spread over the devices, and so are the responses that a model reads. Each teacher reads the paths
     twice (to watch and to score), beside the student, and all initial rollouts for their rewards. Targeted rollouts
-    start in the middle of a path in the mean, and so attend to the prompt and half a response.
+    start in the middle of a path in the mean, and so attend to the prompt and half a response. What the devices that
+    share a model send each other takes no time here.
     """
     Q, length, prompt = work.questions, work.response_tokens, work.prompt_tokens
     targeted = RESPONSES * length if work.targeted_tokens is None else work.targeted_tokens
@@ -87,19 +98,19 @@ def plan_diagnosis(
     def read(name: str, config: QwenConfig, context: int, sequences: int) -> Stage:
         whole = context + prompt + length
         tokens, scored = Q * sequences * whole, Q * sequences * length
-        return reading(name, config, *place, tokens=tokens, scored=scored, length=whole, devices=1)
+        return reading(name, config, *place, tokens=tokens, scored=scored, length=whole, devices=devices)
 
     stages = [draw("rollouts", student, Q * work.rollouts * length, prompt, 1)]
     if work.self_teachers:
         writers = {"student": student} | ({"large": large} if large else {})
         trials = Q * work.demonstration_trials * length
         stages += [draw(f"demonstrations, {name}", config, trials, prompt, 1) for name, config in writers.items()]
-    stages.append(draw("targeted rollouts", student, Q * targeted, prompt + length / 2, work.paths, length / 2))
+    stages.append(draw("targeted rollouts", student, Q * targeted, prompt + length / 2, work.all_paths, length / 2))
     readers = [(name, config, 0) for name, config in teachers.items()]
     readers += [(f"self-teacher {n + 1}", student, work.context_tokens) for n in range(work.self_teachers)]
-    stages.append(read("scoring, student", student, 0, (1 + len(readers)) * work.paths))
+    stages.append(read("scoring, student", student, 0, (1 + len(readers)) * work.all_paths))
     for name, config, context in readers:
-        stages.append(read(f"scoring, {name}", config, context, 2 * work.paths))
+        stages.append(read(f"scoring, {name}", config, context, 2 * work.all_paths))
         stages.append(read(f"rewards, {name}", config, context, work.rollouts))
     return Plan(_memory(student, teachers, large, work, hardware, devices), stages, USABLE * hardware.memory)
 
@@ -114,18 +125,20 @@ def _memory(
 ) -> dict[str, dict[str, float]]:
     own = weight_bytes(student, work.dtype)
     trunk = work.prompt_tokens + work.max_tokens
-    engine = rollout_memory(student, work, hardware, devices, work.paths, trunk)
+    engine = rollout_memory(student, work, hardware, devices, work.all_paths, trunk)
     phases = {"targeted rollouts": parts_of_each(engine, devices)}
     if large is not None:
-        theirs = rollout_memory(large, work, hardware, devices, 1, work.prompt_tokens, also=own)
+        theirs = rollout_memory(large, work, hardware, devices, 1, work.prompt_tokens, also=own, split=True)
         phases["demonstrations, large"] = {"student": own} | parts_of_each(theirs, devices)
     width = work.context_tokens * bool(work.self_teachers) + trunk
-    rows = max(1, min(work.paths, TOKENS_AT_ONCE // width))
+    rows = max(1, min(-(-work.all_paths * work.model_parallel // devices), TOKENS_AT_ONCE // width))
     for name, config in teachers.items() or {"self-teacher": student}.items():
         pair = [(student, width), (config, width)]
         vocabulary = student.vocab_size + config.vocab_size
         workspace = scoring_bytes(pair, vocabulary, rows, work.max_tokens, 1)
-        weights = weight_bytes(config, work.dtype) if teachers else 0
+        mesh = ImaginedMesh(devices, hardware.kind, work.model_parallel)
+        share = split_model(config, work.dtype, mesh, fsdp=work.fsdp)[1]
+        weights = held_bytes(share) / devices if teachers else 0
         phases[f"scoring, {name}"] = {"student": own, "teacher": weights, "workspace": workspace}
     return phases
 
@@ -138,18 +151,25 @@ def rollout_memory(
     trunks: int,
     trunk_length: int,
     also: float = 0.0,
+    split: bool = False,
 ) -> MemoryPlan:
-    """Gives the engine's own plan for this work on devices that need not be there; also: bytes others hold on each."""
+    """Gives the engine's own plan for this work on devices that need not be there.
+
+    also: bytes others hold on each. split: whether the model is one that `model_parallel` devices share.
+    """
+    model = work.model_parallel if split else 1
+    mesh = ImaginedMesh(devices, hardware.kind, model)
     return plan_memory(
         config,
         jnp.dtype(work.dtype),
-        weights=devices * weight_bytes(config, work.dtype),
+        # An engine makes copies of a model that is not split over "model".
+        weights=held_bytes(split_model(config, work.dtype, mesh, fsdp=work.fsdp and model > 1)[1]),
         trunks=trunks,
         trunk_length=trunk_length,
         most=work.slots,
         max_tokens=work.max_tokens,
         slots=work.slots,
-        mesh=ImaginedMesh(devices, hardware.kind),
+        mesh=mesh,
         budget=int(devices * (USABLE * hardware.memory - also)),
     )
 

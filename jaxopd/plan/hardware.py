@@ -54,10 +54,12 @@ MATRIX_BYTES = 64 << 20
 
 
 class ImaginedMesh:
-    """A mesh of devices that need not exist, as far as memory plans ask a mesh."""
+    """A mesh ("data", "model") of devices that need not exist, as far as memory plans ask a mesh."""
 
-    def __init__(self, size: int, kind: str):
-        self.size = size
+    def __init__(self, size: int, kind: str, model: int = 1):
+        if model < 1 or size % model:
+            raise InputError(f"--model-parallel: found {model}, expected a divisor of --devices, {size}")
+        self.size, self.shape = size, {"data": size // model, "model": model}
         self.devices = np.array([SimpleNamespace(device_kind=kind)] * size)
 
 

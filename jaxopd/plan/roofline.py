@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from jaxopd.models.config import QwenConfig
 from jaxopd.models.qwen import Qwen
-from jaxopd.plan.hardware import Hardware
+from jaxopd.models.sharding import parameter_shardings
+from jaxopd.plan.hardware import Hardware, ImaginedMesh
 from jaxopd.rollouts.plan import cached_token
 from jaxopd.rollouts.suffix import ring_width
 
@@ -110,3 +112,10 @@ def abstract_model(config: QwenConfig, dtype: str) -> tuple[Any, Any]:
 def weight_bytes(config: QwenConfig, dtype: str) -> int:
     """Counts the bytes of a model's parameters."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(abstract_model(config, dtype)[1]))
+
+
+def split_model(config: QwenConfig, dtype: str, mesh: ImaginedMesh, *, fsdp: bool) -> tuple[Any, Any]:
+    """Makes a model without memory whose arrays lie split over imagined devices."""
+    graph, state = abstract_model(config, dtype)
+    places = parameter_shardings(state, config, AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.shape)), fsdp=fsdp)
+    return graph, jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)

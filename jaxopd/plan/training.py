@@ -9,7 +9,7 @@ import jax
 from jaxopd.models.config import QwenConfig
 from jaxopd.plan.diagnosis import Plan, parts_of_each
 from jaxopd.plan.hardware import Hardware, ImaginedMesh
-from jaxopd.plan.roofline import Operation, abstract_model, decoding, reading, stage
+from jaxopd.plan.roofline import Operation, abstract_model, decoding, reading, split_model, stage
 from jaxopd.rollouts.plan import USABLE
 from jaxopd.tasks.contexts import TeacherSpec
 from jaxopd.train.batch import prompt_width
@@ -21,28 +21,32 @@ UPDATE_BYTES = 40  # a parameter: gradient, two moments and master are read, the
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """What is asked of a training run; lengths in tokens."""
+    """What is asked of a training run, by default what `jaxopd train` does; lengths in tokens."""
 
-    steps: int = 200
+    steps: int = TrainConfig.steps
     """Batches of rollouts."""
-    batch: int = 64
+    batch: int = TrainConfig.batch
     """Prompts a batch."""
-    rollouts: int = 4
+    rollouts: int = TrainConfig.rollouts
     """Responses a prompt."""
-    micro_batch: int = 64
+    micro_batch: int = TrainConfig.micro_batch
     """Responses in a forward and backward pass, all devices together."""
     prompt_tokens: int = 200
     """Tokens of a prompt."""
     response_tokens: int = 3000
     """Tokens of a response in the mean."""
-    max_tokens: int = 7168
+    max_tokens: int = TrainConfig.max_tokens
     """Response length limit, tokens."""
-    remat: bool = False
+    remat: bool = TrainConfig.remat
     """Keep the inputs of layers only, and compute the rest again in the backward pass."""
-    slots: int = 256
+    slots: int = TrainConfig.slots
     """Sequences decoded at once, over all devices."""
-    dtype: str = "bfloat16"
+    dtype: str = TrainConfig.dtype
     """Of the forward and backward pass; masters and optimizer are float32."""
+    model_parallel: int = TrainConfig.model_parallel
+    """Devices that share one copy of a teacher."""
+    fsdp: bool = TrainConfig.fsdp
+    """Split over the other devices what is left of a teacher's matrices."""
 
 
 def plan_training_run(
@@ -82,14 +86,15 @@ def training_memory(
         dtype=work.dtype, remat=work.remat, slots=work.slots,
     )  # fmt: skip
     prompts = [[0] * work.prompt_tokens] * work.batch
-    width = prompt_width(prompts)
+    width, mesh = prompt_width(prompts), ImaginedMesh(devices, hardware.kind, work.model_parallel)
+    split = work.fsdp or work.model_parallel > 1
     setup = SimpleNamespace(
-        mesh=ImaginedMesh(devices, hardware.kind), width=width, model_config=student, prompts=prompts,
+        mesh=mesh, engine_mesh=ImaginedMesh(devices, hardware.kind), width=width, model_config=student, prompts=prompts,
         questions=prompts, initial=abstract_model(student, "float32")[1],
         teachers=[
-            SimpleNamespace(spec=TeacherSpec(name), graph=graph, state=state, prompts=prompts, width=width)
+            SimpleNamespace(spec=TeacherSpec(name), graph=graph, state=state, prompts=prompts, width=width, split=split)
             for name, model in teachers.items()
-            for graph, state in [abstract_model(model, work.dtype)]
+            for graph, state in [split_model(model, work.dtype, mesh, fsdp=work.fsdp)]
         ],
     )  # fmt: skip
     return plan_training(config, setup, int(devices * USABLE * hardware.memory))

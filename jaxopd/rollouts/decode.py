@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jaxopd.models.attention import combine, prefix_attention
@@ -86,8 +87,10 @@ def decode_bytes(config: QwenConfig, slots: int, scored: int) -> int:
     return 4 * slots * max(6 * config.vocab_size, 3 * config.num_heads * scored)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def prefill(graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "N L"]) -> Trunks:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def prefill(
+    graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "N L"], where: NamedSharding | None = None
+) -> Trunks:
     """Computes keys and values, block by block. Padding follows the tokens, so it is never attended."""
     model = nnx.merge(graph, state)
     config = model.config
@@ -108,7 +111,8 @@ def prefill(graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "N L"]) ->
         model(lax.dynamic_slice_in_dim(tokens, i * block, block, 1), positions, attend)
         return Trunks(keys, values)
 
-    return lax.fori_loop(0, L // block, compute, Trunks(empty, list(empty)))
+    trunks = lax.fori_loop(0, L // block, compute, Trunks(empty, list(empty)))
+    return trunks if where is None else lax.with_sharding_constraint(trunks, where)
 
 
 @jax.jit

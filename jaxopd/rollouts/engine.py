@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from jaxopd.distributed import place, several, stop_if_preempted
 from jaxopd.errors import InputError
 from jaxopd.models.qwen import Qwen
-from jaxopd.models.sharding import device_mesh
-from jaxopd.rollouts.layout import Layout
+from jaxopd.models.sharding import device_mesh, held_bytes, split_mesh
+from jaxopd.rollouts.layout import Layout, split_heads
 from jaxopd.rollouts.plan import MemoryPlan, plan_memory
 from jaxopd.rollouts.sampling import Sampling
 from jaxopd.rollouts.wave import Drawn, Requests, Wave
@@ -44,7 +44,10 @@ class Rollouts:
 
 
 class Engine:
-    """Runs requests on `model` with up to `slots` sequences in flight, sharded over all devices.
+    """Runs requests on `model` with up to `slots` sequences in flight, spread over the devices of `mesh`.
+
+    Each device gets a copy of the model. Where no mesh is given, those are all devices; but a model that is split over
+    an axis "model" of its own mesh decodes there, with slots over "data", and stays as it lies.
 
     A memory plan made before each run says how many of the slots are used; it is logged. Where the device runs out of
     memory all the same, the requests not yet answered start again with half the slots and give the same tokens.
@@ -62,12 +65,13 @@ class Engine:
         attention: str | None = None,
     ):
         self.config, self.dtype = model.config, model.dtype
-        self.mesh = device_mesh() if mesh is None else mesh
         self.slots, self.budget, self.attention = slots, budget, attention
         # Split once: walking the module at each call would cost more than a step of a small model.
         self.graph, state = nnx.split(model)
-        self.state = place(state, NamedSharding(self.mesh, PartitionSpec()))
-        self.weights = self.mesh.size * sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        split = split_mesh(state) if mesh is None else None
+        self.mesh = split or device_mesh(None if mesh is None else mesh.devices.flatten())
+        self.state = state if split else place(state, NamedSharding(self.mesh, PartitionSpec()))
+        self.weights = held_bytes(self.state)
 
     def run(self, trunks: Sequence[Sequence[int] | np.ndarray], requests: Requests, sampling: Sampling) -> Rollouts:
         """Answers every request. Raises InputError on a trunk, cut or token outside the model's range."""
@@ -89,9 +93,9 @@ class Engine:
                     finish[new.row[ended]], length[new.row[ended]] = new.reason[ended], new.step[ended] + 1
             except jax.errors.JaxRuntimeError as error:
                 # Other processes may not have run out, and would go on with as many slots as before.
-                if "RESOURCE_EXHAUSTED" not in str(error) or slots <= self.mesh.size or several():
+                if "RESOURCE_EXHAUSTED" not in str(error) or slots <= self.mesh.shape["data"] or several():
                     raise
-                slots = max(self.mesh.size, slots // 2)
+                slots = max(self.mesh.shape["data"], slots // 2)
                 log.warning("out of device memory: the unanswered requests start again with %d slots", slots)
         longest = int(length.max(initial=0))
         return Rollouts(tokens[:, :longest], length, raw[:, :longest], sampled[:, :longest], finish)
@@ -156,7 +160,7 @@ class Engine:
         order = unanswered[np.lexsort((requests.cut[unanswered], requests.trunk[unanswered]))]
         served, first, sizes = np.unique(requests.trunk[order], return_index=True, return_counts=True)
         largest = np.argsort(-sizes, kind="stable")
-        layout = Layout(plan.groups, plan.slots, self.mesh, self.attention)
+        layout = Layout(plan.groups, plan.slots, self.mesh, self.attention, split_heads(self.config, self.mesh))
 
         def wave(low: int) -> Wave:
             chosen = largest[low : low + plan.groups]

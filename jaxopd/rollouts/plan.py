@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxopd.distributed import decided
 from jaxopd.models.config import QwenConfig
 from jaxopd.rollouts.decode import decode_bytes, prefill_block, prefill_bytes
-from jaxopd.rollouts.layout import Layout
+from jaxopd.rollouts.layout import Layout, split_heads
 from jaxopd.rollouts.suffix import ring_width
 from jaxopd.rollouts.wave import trunk_bucket
 from jaxopd.types import bucket
@@ -66,22 +66,26 @@ def plan_memory(
         suffix     S max(W, HELD max_tokens) c
         workspace  the larger of `decode_bytes` and `prefill_bytes`: a device runs one program at a time
 
-    Slots are halved from `slots` until the total fits `budget` (default: `device_budget`), or one a device is left.
+    One trunk lies, and is computed, on every device along "data"; what "model" does not split, on every one along it.
+    Slots are halved from `slots` until the total fits `budget` (default: `device_budget`), or one a row of devices is
+    left.
     """
     budget = device_budget(mesh, weights) if budget is None else budget
-    token = cached_token(config, jnp.dtype(dtype).itemsize)
+    rows, heads = mesh.shape["data"], split_heads(config, mesh)
+    repeated = 1 if heads else mesh.shape["model"]
+    token = repeated * cached_token(config, jnp.dtype(dtype).itemsize)
     L = trunk_bucket(trunk_length)
     while True:
-        N, B = groups_of_slots(trunks, most, slots, mesh.size)
-        S, waves = N * B, 2 if trunks > N else 1
-        prefill = prefill_bytes(config, N, prefill_block(config, N, L))
-        by_kernel = Layout(N, B, mesh, attention).implementation(dtype, L, config.head_dim) != "xla"
-        decode = decode_bytes(config, S, 0 if by_kernel else L)
+        N, B = groups_of_slots(trunks, most, slots, rows)
+        S, waves, copies = N * B, 2 if trunks > N else 1, rows if N == 1 else 1
+        prefill = copies * prefill_bytes(config, N, prefill_block(config, N, L))
+        by_kernel = Layout(N, B, mesh, attention, heads).implementation(dtype, L, config.head_dim) != "xla"
+        workspace = repeated * max(prefill, decode_bytes(config, S, 0 if by_kernel else L))
         suffix = S * max(ring_width(max_tokens), int(HELD * max_tokens)) * token
-        plan = MemoryPlan(N, B, weights, waves * N * L * token, suffix, max(prefill, decode), budget)
-        if plan.total <= budget or slots <= mesh.size:
+        plan = MemoryPlan(N, B, weights, copies * waves * N * L * token, suffix, workspace, budget)
+        if plan.total <= budget or slots <= rows:
             return plan
-        slots = max(mesh.size, slots // 2)
+        slots = max(rows, slots // 2)
 
 
 def cached_token(config: QwenConfig, itemsize: int) -> int:
@@ -89,11 +93,14 @@ def cached_token(config: QwenConfig, itemsize: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
 
 
-def groups_of_slots(trunks: int, most: int, slots: int, devices: int) -> tuple[int, int]:
-    """Chooses N groups of B slots: as many slots a trunk as it has requests, then as many trunks as fit."""
+def groups_of_slots(trunks: int, most: int, slots: int, rows: int) -> tuple[int, int]:
+    """Chooses N groups of B slots: as many slots a trunk as it has requests, then as many trunks as fit.
+
+    rows: the devices along "data", of which each gets as many groups, or slots of the only one.
+    """
     B = min(slots, bucket(most))
     N = max(1, min(bucket(trunks), slots // B))
-    return (1, -(-B // devices) * devices) if N == 1 else (-(-N // devices) * devices, B)
+    return (1, -(-B // rows) * rows) if N == 1 else (-(-N // rows) * rows, B)
 
 
 def device_budget(mesh: jax.sharding.Mesh, counted: int = 0) -> int:

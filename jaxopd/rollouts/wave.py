@@ -79,7 +79,10 @@ class Wave:
         for group, trunk in enumerate(trunks):
             tokens[group, : len(trunk)] = trunk
         by_group, by_slot = layout.sharding(layout.groups_axis), layout.sharding(layout.slots_axes)
-        self.trunks = prefill(graph, state, place(tokens, by_group)) if computed is None else computed
+        if computed is None:
+            where = layout.sharding(layout.trunks_axes) if layout.heads else None
+            computed = prefill(graph, state, place(tokens, by_group), where)
+        self.trunks = computed
         self.queue = place(_queue(config, trunks, rows, requests, sampling, N), by_group)
         idle = place(np.zeros((N, B), np.int32), by_slot)
         pointer = place(np.zeros(N, np.int32), by_group)
@@ -108,20 +111,23 @@ class Wave:
                 pages = self._turn(pages, ring, now, int(needed))
 
     def _caches(self, width: int, *outer: int) -> tuple[list[Array], list[Array]]:
-        """Makes zeroed keys and values [*outer, K, width, h] of every layer, the first axis over the devices."""
+        """Makes zeroed keys and values [*outer, K, width, h] of every layer, the first axis over "data"."""
         shape = (*outer, self.config.num_kv_heads, width, self.config.head_dim)
-        dtype, where = self.trunks.keys[0].dtype, self.layout.sharding(P("data"))
+        heads = self.layout.heads
+        # Spelled as jit spells what it returns: another spelling of the same would be compiled anew.
+        axes = P("data", *[None] * (len(outer) - 1), heads) if heads else P("data")
+        dtype, where = self.trunks.keys[0].dtype, self.layout.sharding(axes)
         keys, values = ([jnp.zeros(shape, dtype, device=where) for _ in range(self.config.num_layers)] for _ in "kv")
         return keys, values
 
     def _pages(self, size: int) -> Pages:
-        C, where = self.layout.mesh.size, self.layout.sharding(P("data"))
+        C, where = self.layout.mesh.shape["data"], self.layout.sharding(P("data"))
         owner, block = (place(np.full((C, size), value, np.int32), where) for value in (0, FREE))
         return Pages(*self._caches(PAGE, C, size), owner, block)
 
     def _turn(self, pages: Pages, ring: Ring, now: int, needed: int) -> Pages:
         """Saves what the next block overwrites, in a larger or smaller pool where `needed` asks for one."""
-        step = self.slots.step.reshape(self.layout.mesh.size, -1)
+        step = self.slots.step.reshape(self.layout.mesh.shape["data"], -1)
         before, size = pages.owner.shape[1], doubled(step.shape[1], needed) if needed else 0
         if size == 0:
             return pages if before == 0 else self._pages(0)

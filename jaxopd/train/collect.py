@@ -66,7 +66,7 @@ class Collector:
         model = nnx.merge(setup.graph, self._computed(params))
         options = {"temperature": config.temperature, "top_p": config.top_p}
         sampling = Sampling(config.max_tokens, setup.stop_ids, seed=seed, **options)
-        engine = Engine(model, slots=config.slots, mesh=setup.mesh)
+        engine = Engine(model, slots=config.slots, mesh=setup.engine_mesh)
         rolled = engine.run(prompts, Requests.continuations(prompts, n), sampling)
         log_p = padded(rolled.raw_logp, config.max_tokens, 0)
         return self._batch(np.repeat(questions, n), rolled.tokens, rolled.finish == LENGTH, log_p)
@@ -105,10 +105,10 @@ class Collector:
         responses = np.where((rows >= 0)[:, None], batch.responses[np.maximum(rows, 0)], -1)
         questions = batch.question[np.maximum(rows, 0)]
         student = Sequences.join([setup.prompts[q] for q in questions], responses, setup.width)
-        graph, state, sequences = setup.graph, None, student
+        graph, state, sequences, split = setup.graph, None, student, False
         if setup.teachers:
             teacher = setup.teachers[index]
-            graph, state = teacher.graph, teacher.state
+            graph, state, split = teacher.graph, teacher.state, teacher.split
             sequences = Sequences.join([teacher.prompts[q] for q in questions], responses, teacher.width)
         if not self.scores:
             b, S = responses.shape
@@ -116,7 +116,7 @@ class Collector:
         live = state is None
         if live:
             state = self._computed(params)
-        options = {"mesh": setup.mesh, "k": config.objective.k, "dtype": config.dtype}
+        options = {"k": config.objective.k, "dtype": config.dtype, "mesh": setup.mesh, "split": split}
         found = score(setup.graph, params, graph, state, student, sequences, responses, **options)
         states = found.pop("teacher_states")
         if self.base is not None:

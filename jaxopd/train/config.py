@@ -109,6 +109,10 @@ class TrainConfig:
     """enable_thinking of the chat template; None leaves its default."""
     slots: int = 256
     """Sequences decoded at once."""
+    model_parallel: int = 1
+    """Devices that share one copy of a teacher: its vocabulary, heads and FFN are split over them."""
+    fsdp: bool = False
+    """Split over the other devices what --model-parallel leaves of a teacher's matrices; gathered when used."""
     seed: int = 0
     """Seed of every draw."""
 

@@ -46,7 +46,7 @@ class AlignmentTable:
 
         Raises InputError where the diagnosis is of other models, or none of these teachers has a decision node there.
         """
-        run = RunFolder.existing(folder)
+        run = RunFolder.existing(folder, "diagnose")
         config = run.config() or {}
         if _model(config.get("student", "")) != _model(student):
             raise InputError(f"{folder}: found a diagnosis of {config.get('student')}, expected one of {student}")

@@ -59,7 +59,7 @@ class Probe:
     def alignment(self) -> float:
         """The cosine of the two gradients without their estimates' noise; NaN where a gradient drowns in it.
 
-        (<u_0, g_1> + <u_1, g_0>) / 2 / sqrt(<u_0, u_1> <g_0, g_1>): numerator and both factors of the denominator are
+        (u_0.g_1 + u_1.g_0) / 2 / sqrt(u_0.u_1 g_0.g_1): numerator and both factors of the denominator are
         unbiased, as the halves are independent. Where reliability is low the value scatters, and may leave [-1, 1].
         """
         (u0, u1), (g0, g1) = self.update, self.ideal

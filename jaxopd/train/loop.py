@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
+from jaxopd.claims import Claims
 from jaxopd.distributed import Preempted, decided, fetch, several, stop_if_preempted
 from jaxopd.models import Qwen, save_model
 from jaxopd.models.sharding import device_mesh
@@ -39,7 +40,8 @@ from jaxopd.train.targets import make_targets, reduced
 
 Report = Callable[[str], None]
 # What may differ between a run and its resumption.
-FREE_FIELDS = ("steps", "save_every", "keep", "log_to", "show_every", "slots")
+FREE_FIELDS = ("steps", "save_every", "keep", "log_to", "show_every", "slots", "model_parallel", "fsdp")
+WHOLE = "training"  # the piece that a run is, of which jobs have no shares
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -76,7 +78,8 @@ class Trainer:
         identity = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
         if self.table is not None:  # the folder's name does not say what it holds
             identity["alignment_weights"] = self.table.weight.tolist()
-        RunFolder.create(str(out), json.loads(json.dumps(identity)))
+        self.claims = Claims(RunFolder.create(str(out), json.loads(json.dumps(identity))))
+        self.claims.take_alone(WHOLE)
         self.log = MetricsLog(out, config.log_to, identity)
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep)
         # Copies: an update gives its arguments' memory away. The initial model lives on only where it is a teacher.
@@ -96,16 +99,18 @@ class Trainer:
     def run(self) -> Qwen:
         """Trains to the configured step and saves the student as a Hugging Face folder in OUT/student."""
         self.report(str(self.plan))
-        try:
-            while self.step < self.config.steps:
-                stop_if_preempted()
-                self.advance()
-        except Preempted:  # only between updates, so the parameters are those of a whole step
+        self.claims.take_alone(WHOLE)  # again, for restoring may have taken longer than a claim holds
+        with self.claims.working(WHOLE):
+            try:
+                while self.step < self.config.steps:
+                    stop_if_preempted()
+                    self.advance()
+            except Preempted:  # only between updates, so the parameters are those of a whole step
+                self._close()
+                raise
             self._close()
-            raise
-        self._close()
-        student = self.student
-        decided(lambda: save_model(student, self.out / "student", tokenizer=self.setup.tokenizer))
+            student = self.student
+            decided(lambda: save_model(student, self.out / "student", tokenizer=self.setup.tokenizer))
         return student
 
     def advance(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from jaxopd_kernels.xla import CHUNK_BYTES_CPU
 
 from jaxopd.models import QwenConfig
 from jaxopd.models.attention import BLOCK
+from jaxopd.models.sharding import held_bytes
 from jaxopd.rollouts.plan import MemoryPlan, device_budget, plan_memory
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.objectives import make_objective
@@ -31,7 +32,8 @@ class TrainingPlan:
     weights             the student in the precision that it computes in
     gradients           float32 sums so far, and those of a micro-batch
     activations         of a micro-batch, kept for the backward pass, and the layer being differentiated
-    head                the vocabulary's part of the loss: a wave of logits, the gradients of head and hidden states
+    head                the vocabulary's part of the loss: a wave of logits, the gradients of head and hidden states,
+                        and on each device the head of a teacher that is split over them
     scoring             both models' forward pass, a layer at a time, and a chunk of logits
     """
 
@@ -100,8 +102,9 @@ def plan_training(config: TrainConfig, setup: Setup, budget: int | None = None) 
     P = sum(leaf.size for leaf in jax.tree.leaves(setup.initial))
     full = make_objective(config.objective).reach == "full"
     others = [(nnx.merge(t.graph, t.state).config, t.width + S) for t in setup.teachers if t.state is not None]
-    frozen = sum(leaf.nbytes for t in setup.teachers for leaf in jax.tree.leaves(t.state))
-    frozen += FLOAT * P * (config.objective.reward_scale != 1)
+    frozen = sum(held_bytes(t.state) for t in setup.teachers) + n * FLOAT * P * (config.objective.reward_scale != 1)
+    split = [nnx.merge(t.graph, t.state).config for t in setup.teachers if t.split]
+    gathered = max((head.vocab_size * head.hidden_size * e for head in split), default=0) * full
     weights = n * P * (e * (e < FLOAT) + FLOAT * (n > 1))
     heads = [student, *(other for other, _ in others)]
     width = max(head.hidden_size for head in heads)
@@ -110,13 +113,13 @@ def plan_training(config: TrainConfig, setup: Setup, budget: int | None = None) 
     return TrainingPlan(
         masters=FLOAT * P,
         optimizer=2 * FLOAT * P,
-        teachers=n * frozen,
+        teachers=frozen,
         states=config.batch * config.group * S * width * e * full,
         weights=weights,
         gradients=2 * n * FLOAT * P,
         activations=activation_bytes(student, b, W, e, recomputes(config.remat)),
         activations_with_remat=activation_bytes(student, b, W, e, True),
-        head=n * head_bytes(student, vocabulary, b * S // n, full),
+        head=n * (gathered + head_bytes(student, vocabulary, b * S // n, full)),
         scoring=scoring_bytes([(student, W), *others], vocabulary, b, S, n),
         rollout=plan_memory(
             student,
@@ -127,8 +130,8 @@ def plan_training(config: TrainConfig, setup: Setup, budget: int | None = None) 
             most=config.rollouts,
             max_tokens=S,
             slots=config.slots,
-            mesh=setup.mesh,
-            budget=budget - 3 * FLOAT * P - n * frozen,
+            mesh=setup.engine_mesh,
+            budget=budget - 3 * FLOAT * P - frozen,
         ),
         budget=budget,
     )

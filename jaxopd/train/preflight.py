@@ -74,7 +74,8 @@ def _accuracy(config: TrainConfig, setup: Setup, teacher: Teacher, questions: np
     prompts = [teacher.prompts[q] for q in questions]
     seed = seed_of(config.seed, "preflight", teacher.spec.name)
     sampling = Sampling(config.max_tokens, setup.stop_ids, temperature=config.temperature, seed=seed)
-    engine = Engine(nnx.merge(teacher.graph, state), slots=config.slots, mesh=setup.mesh)
+    mesh = None if teacher.split else setup.engine_mesh
+    engine = Engine(nnx.merge(teacher.graph, state), slots=config.slots, mesh=mesh)
     rolled = engine.run(prompts, Requests.continuations(prompts, config.rollouts), sampling)
     asked = [setup.questions[q] for q in np.repeat(questions, config.rollouts)]
     return float(np.mean(setup.grades(asked, rolled.tokens) == 1))

@@ -25,20 +25,29 @@ from jaxopd.types import Question
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher with its prompts, one a question; `graph` and `state` are None for a live self-teacher."""
+    """A teacher with its prompts, one a question; `state` is None for a live self-teacher.
+
+    split: whether its parameters are split over devices; otherwise each device holds them all.
+    """
 
     spec: TeacherSpec
     graph: nnx.GraphDef
     state: nnx.State | None
     prompts: list[list[int]]
     width: int
+    split: bool = False
 
 
 class Setup:
-    """Loads and checks what a training run is made of."""
+    """Loads and checks what a training run is made of.
+
+    mesh: the devices, rows over both axes, a split teacher over "model". engine_mesh: the same, each with a copy.
+    """
 
     def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh | None = None):
-        self.config, self.mesh = config, device_mesh() if mesh is None else mesh
+        devices = None if mesh is None else mesh.devices.flatten()
+        self.config, self.mesh = config, device_mesh(devices, model=config.model_parallel)
+        self.engine_mesh = device_mesh(devices)
         self.task, self.tokenizer = find_task(config.task), load_tokenizer(config.student)
         model = load_model(config.student)
         self.model_config = model.config
@@ -118,10 +127,11 @@ class Setup:
                 f"--teacher {spec.name}: found another tokenizer ({odd!r} is its token {theirs.get(odd)}), expected "
                 f"the student's, where it is {ours.get(odd)}: its log-probabilities would belong to other tokens"
             )
-        model = load_model(spec.model, dtype=self.config.dtype)
+        model = load_model(spec.model, dtype=self.config.dtype, mesh=self.mesh, fsdp=self.config.fsdp)
         self._check_lengths(prompts, spec.model, model.config.max_positions)
         graph, state = nnx.split(model)
-        return Teacher(spec, graph, self.replicated(state), prompts, prompt_width(prompts))
+        split = self.config.fsdp or self.config.model_parallel > 1
+        return Teacher(spec, graph, state, prompts, prompt_width(prompts), split)
 
     def _cast(self, state: nnx.State) -> nnx.State:
         return jax.tree.map(lambda x: jnp.asarray(x, self.config.dtype), state)

@@ -2,9 +2,11 @@
 
 Rows of a micro-batch are spread over the devices; inside, every device sees whole parameters and its own rows, so the
 vocabulary losses run as on one device and only gradients travel. Master parameters and optimizer state lie spread over
-the devices (float32); what the forward pass computes in is `dtype`.
+the devices (float32); what the forward pass computes in is `dtype`. A teacher may be split over the devices; for the
+full-vocabulary losses its head, V D_t numbers, is gathered on each.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxopd.distributed import place
 from jaxopd.gradients import Position
 from jaxopd.models import Qwen, forward
+from jaxopd.scoring import over_mesh
 from jaxopd.train.batch import Sequences
 from jaxopd.train.objectives import Objective, ObjectiveConfig, position_loss, update_loss
 from jaxopd.train.vocabulary import token_log_probs, top_tokens
@@ -56,7 +59,7 @@ def spread(tree: Any, mesh: Mesh) -> Any:
         axes = [i for i in range(x.ndim) if x.shape[i] % mesh.size == 0 and mesh.size > 1]
         spec = [None] * x.ndim
         if axes:
-            spec[max(axes, key=lambda i: x.shape[i])] = "data"
+            spec[max(axes, key=lambda i: x.shape[i])] = mesh.axis_names
         return place(x, NamedSharding(mesh, P(*spec)))
 
     return jax.tree.map(put, tree)
@@ -77,7 +80,7 @@ def _cast(params: Any, dtype: str) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-@partial(jax.jit, static_argnames=("graph", "teacher_graph", "mesh", "k", "dtype"))
+@partial(jax.jit, static_argnames=("graph", "teacher_graph", "mesh", "split", "k", "dtype"))
 def score(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -90,35 +93,91 @@ def score(
     mesh: Mesh,
     k: int,
     dtype: str,
+    split: bool = False,
 ) -> dict[str, Array]:
-    """Describe student and teacher at every position: the arrays of `metrics.Scored`, and teacher_states."""
+    """Describe student and teacher at every position: the arrays of `metrics.Scored`, and teacher_states.
 
-    def rows(params: nnx.State, teacher_params: nnx.State, student: Sequences, teacher: Sequences, responses: Array):
-        b, S = responses.shape
-        p_model, q_model = nnx.merge(graph, _cast(params, dtype)), nnx.merge(teacher_graph, teacher_params)
+    split: whether the teacher is split over the mesh's "model". XLA then partitions its forward pass, and the models
+    are compared on shares of the vocabulary; otherwise each device holds the whole teacher and takes its own rows.
+    """
+    S, by_rows, sampled = responses.shape[1], P(mesh.axis_names), jnp.maximum(responses, 0)
+
+    def student_of(params: nnx.State) -> Qwen:
+        return nnx.merge(graph, _cast(params, dtype))
+
+    def rows(params: nnx.State, teacher_params: nnx.State, student: Sequences, teacher: Sequences, sampled: Array):
+        p_model, q_model = student_of(params), nnx.merge(teacher_graph, teacher_params)
         hidden_t = response_states(q_model, teacher, S)
         hidden = _flat(response_states(p_model, student, S)), _flat(hidden_t)
         V = min(p_model.head().shape[0], q_model.head().shape[0])
         heads = p_model.head()[:V], q_model.head()[:V]
-        tops = [top_tokens(h, head, min(k, V)) for h, head in zip(hidden, heads)]
-        ids = jnp.concatenate([*tops, responses.reshape(-1, 1)], -1)
-        pair = pair_statistics(hidden[0], heads[0], hidden[1], heads[1], ids, second_pass=False)
-        found = {
-            "student_ids": tops[0],
-            "teacher_ids": tops[1],
-            "log_p": pair.log_p[:, :-1],
-            "log_q": pair.log_q[:, :-1],
-            "sampled_log_p": pair.log_p[:, -1],
-            "sampled_log_q": pair.log_q[:, -1],
-            "entropy_student": pair.entropy_student,
-            "entropy_teacher": pair.entropy_teacher,
-            "reverse_kl": pair.reverse_kl,
-        }
-        return {name: x.reshape(b, S, *x.shape[1:]) for name, x in found.items()} | {"teacher_states": hidden_t}
+        found = _described(heads, *hidden, sampled.reshape(-1, 1), k=k, vocab_size=V)
+        return _of_positions(found, S) | {"teacher_states": hidden_t}
 
-    specs = P(), P(), P("data"), P("data"), P("data")
-    over = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
-    return over(params, teacher_params, student, teacher, jnp.maximum(responses, 0))
+    if split:
+        q_model = nnx.merge(teacher_graph, teacher_params)
+        return _score_split(student_of, params, q_model, student, teacher, sampled, mesh, k)
+    specs = P(), P(), by_rows, by_rows, by_rows
+    over = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=by_rows, check_vma=False)
+    return over(params, teacher_params, student, teacher, sampled)
+
+
+def _score_split(
+    student_of: Callable[[nnx.State], Qwen],
+    params: nnx.State,
+    q_model: Qwen,
+    student: Sequences,
+    teacher: Sequences,
+    sampled: Int[Array, "b S"],
+    mesh: Mesh,
+    k: int,
+) -> dict[str, Array]:
+    """Do what `score` does, the teacher's rows split over "data", the student's over all devices."""
+    S, by_rows, whole = sampled.shape[1], P(mesh.axis_names), NamedSharding(mesh, P())
+    states = partial(response_states, length=S)
+    over = jax.shard_map(
+        lambda params, student: states(student_of(params), student),
+        mesh=mesh, in_specs=(P(), by_rows), out_specs=by_rows, check_vma=False,
+    )  # fmt: skip
+    hidden_t = states(q_model, jax.lax.with_sharding_constraint(teacher, NamedSharding(mesh, P("data"))))
+    heads = jax.lax.with_sharding_constraint(student_of(params).head(), whole), q_model.head()
+    describe = partial(_described, k=k, vocab_size=min(head.shape[0] for head in heads))
+    given = _flat(over(params, student)), _flat(hidden_t), sampled.reshape(-1, 1)
+    found = _of_positions(over_mesh(describe, heads, given, mesh), S) | {"teacher_states": hidden_t}
+    # By rows again: states are kept until the update, once instead of on every device that shares the teacher.
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, by_rows))
+
+
+def _described(
+    heads: tuple[Array, Array],
+    hidden_s: Float[Array, "R Ds"],
+    hidden_t: Float[Array, "R Dt"],
+    sampled: Int[Array, "R 1"],
+    *,
+    k: int,
+    vocab_size: int,
+    axis: str | None = None,
+) -> dict[str, Array]:
+    """Describe rows; axis: what the heads' rows are split over, as in jaxopd_kernels."""
+    hidden, shared = (hidden_s, hidden_t), {"vocab_size": vocab_size, "axis": axis}
+    tops = [top_tokens(h, head, min(k, vocab_size), **shared) for h, head in zip(hidden, heads)]
+    ids = jnp.concatenate([*tops, sampled], -1)
+    pair = pair_statistics(hidden_s, heads[0], hidden_t, heads[1], ids, second_pass=False, **shared)
+    return {
+        "student_ids": tops[0],
+        "teacher_ids": tops[1],
+        "log_p": pair.log_p[:, :-1],
+        "log_q": pair.log_q[:, :-1],
+        "sampled_log_p": pair.log_p[:, -1],
+        "sampled_log_q": pair.log_q[:, -1],
+        "entropy_student": pair.entropy_student,
+        "entropy_teacher": pair.entropy_teacher,
+        "reverse_kl": pair.reverse_kl,
+    }
+
+
+def _of_positions(found: dict[str, Array], length: int) -> dict[str, Array]:
+    return {name: x.reshape(-1, length, *x.shape[1:]) for name, x in found.items()}
 
 
 @partial(jax.jit, static_argnames=("graph", "mesh"))
@@ -132,9 +191,10 @@ def log_probs_at(
         hidden = _flat(response_states(model, sequences, ids.shape[1]))
         return head_statistics(hidden, model.head(), ids=_flat(ids)).log_p.reshape(ids.shape)
 
-    return jax.shard_map(rows, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"), check_vma=False)(
-        params, sequences, ids
-    )
+    by_rows = P(mesh.axis_names)
+    specs = P(), by_rows, by_rows
+    over = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=by_rows, check_vma=False)
+    return over(params, sequences, ids)
 
 
 @dataclass(frozen=True)
@@ -218,9 +278,10 @@ def add_gradients(
 
     def rows(params: nnx.State, teacher_head: Array, *rest: Any) -> tuple[Array, nnx.State]:
         found = jax.value_and_grad(lambda p: micro_loss(graph, p, settings, *rest, teacher_head))(params)
-        return jax.lax.psum(found, "data")
+        return jax.lax.psum(found, mesh.axis_names)
 
-    specs = P(), P(), P("data"), P("data"), P("data"), P("data")
+    by_rows = P(mesh.axis_names)
+    specs = P(), P(), by_rows, by_rows, by_rows, by_rows
     over = jax.shard_map(rows, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     return jax.tree.map(jnp.add, so_far, over(params, teacher_head, student, targets, responses, teacher_states))
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxopd_kernels import MAX_TOP_K, head_statistics
+from jaxopd_kernels import MAX_TOP_K, head_statistics, shards
 from jaxtyping import Array, Float, Int
 
 from jaxopd.models import linear
@@ -30,13 +30,28 @@ def token_log_probs(
     return _in_waves(wave, head.shape[0], hidden, ids)
 
 
-def top_tokens(hidden: Float[Array, "R D"], head: Float[Array, "V D"], k: int) -> Int[Array, "R k"]:
-    """Find the k most probable tokens of each row, best first, ties by lower id; any k up to V."""
+def top_tokens(
+    hidden: Float[Array, "R D"],
+    head: Float[Array, "V D"],
+    k: int,
+    *,
+    vocab_size: int | None = None,
+    axis: str | None = None,
+) -> Int[Array, "R k"]:
+    """Find the k most probable tokens of each row, best first, ties by lower id; any k up to V.
+
+    vocab_size, axis: as of head_statistics, the tokens that count and what the head's rows are split over.
+    """
     if k <= MAX_TOP_K:
-        return head_statistics(hidden, head, k=k).top_ids
+        return head_statistics(hidden, head, k=k, vocab_size=vocab_size, axis=axis).top_ids
+    ids = shards.first_id(head.shape[0], axis) + jnp.arange(head.shape[0])
 
     def wave(hidden: Array) -> Array:
-        return lax.top_k(linear(hidden, head, jnp.dtype("float32")), k)[1]
+        logits = linear(hidden, head, jnp.dtype("float32"))
+        if vocab_size is not None:
+            logits = jnp.where(ids[None] < vocab_size, logits, -jnp.inf)
+        best, where = lax.top_k(logits, min(k, head.shape[0]))
+        return shards.top_k(best, ids[where], k, axis)[1]
 
     return _in_waves(wave, head.shape[0], hidden)
 

@@ -28,6 +28,8 @@ ADVICE = {  # what lowers a part of a plan
     "trunks": FEWER_SLOTS,
     "workspace": FEWER_SLOTS,
     "states": "a smaller --batch",
+    "teacher": "--model-parallel",
+    "teachers": "--model-parallel",
 }
 
 
@@ -59,6 +61,9 @@ class MakePlan:
             value = getattr(self.work, field.name)
             if type(value) is int and value < (field.name in ("slots", "max_tokens", "micro_batch", "batch")):
                 raise InputError(f"{field.name}: found {value}, expected a number that a run can have")
+        mean, most = self.work.response_tokens, self.work.max_tokens
+        if mean > most:
+            raise InputError(f"response_tokens: found {mean}, expected at most max_tokens, {most}")
         if self.reached is not None and not 0 < self.reached <= 1:
             raise InputError(f"--reached: found {self.reached}, expected a share above 0 up to 1")
         student = _config(self.student)
