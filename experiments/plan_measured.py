@@ -5,9 +5,9 @@
 Rollouts from one trunk, for three models with random weights; no rollout stops early, so that lengths are known. Each
 case runs in a process of its own: once to compile, then REPEATS times, of which the fastest counts, and the machine's
 rates are measured before and after, of which the faster counts; seconds are of processor time, so start it on one core
-(taskset -c 0) when other programs run. Memory is the peak of a run with top-p above what was held before it, and the
-weights; without top-p most of the memory planned for logits is never touched. What is planned knows the config, the
-work and the rates alone. About a minute a case.
+(taskset -c 0) when other programs run. Memory is what the operating system counts as resident: the peak of a run with
+top-p above what was held before it, and the weights; without top-p most of the memory planned for logits is never
+touched. What is planned knows the config, the work and the rates alone. About a minute a case.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from jaxopd.plan.roofline import decoding, reading
 from jaxopd.rollouts import Engine, Requests, Sampling
 
 REPEATS = 3
+SETTLE_SECONDS = 1.0  # XLA gives the memory of a program back a moment after its results are there
 RESULTS = Path(__file__).parent / "results" / "plan_measured_cpu.json"
 
 
@@ -70,6 +71,7 @@ def compared(case: Case) -> dict[str, float]:
     requests, sampling = Requests.continuations(trunks, case.rollouts), Sampling(case.tokens, seed=0)
     rates = [measured(case.config, case.dtype, case.rollouts, time.process_time)]
     engine.run(trunks, requests, sampling)  # compiles
+    time.sleep(SETTLE_SECONDS)
     before, seconds = peak_memory.held(), []
     peak_memory.forget_peak()
     engine.run(trunks, requests, replace(sampling, top_p=0.95))  # the plan provides for it

@@ -47,7 +47,10 @@ def planned(device: str, student: str, task: str, exits: bool) -> float:
     """Gives the device-days of a setting."""
     questions, prompt, response, limit, launched = TASKS[task]
     targeted = EXITS * response if exits else launched * response // 2
-    work = DiagnosisWork(questions, prompt, response, limit, 20 if exits else 200, targeted, context_tokens=response)
+    rollouts = 20 if exits else 200
+    work = DiagnosisWork(
+        questions, prompt, response, limit, rollouts, targeted, context_tokens=response, dtype="bfloat16"
+    )
     plan = plan_diagnosis(STUDENTS[student], TEACHERS, LARGE, work, HARDWARE[device], 1)
     phase, held = plan.largest
     if held > plan.budget:

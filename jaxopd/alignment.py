@@ -96,7 +96,7 @@ def node_alignment(
 ) -> dict[str, Float[np.ndarray, "N"]]:
     """Score every node in one jitted call; positions carry a leading axis N.
 
-    Returns align_<form> and align_<form>_restricted (cosines, all of FORMS but the ideal by default), advantage
+    Returns align_FORM and align_FORM_restricted (cosines, all of FORMS but the ideal by default), advantage
     (Eq. 2.1), success_range, value (expected success over S_u), ideal_norm and ideal_norm_restricted. `known` maps a
     form to (f [N, K], fbar [N]) computed over the full vocabulary, for the restricted reading when K < V. Nodes are
     padded to a power of two, so that the number of compilations stays small.
@@ -125,7 +125,7 @@ def summarize(
     """Summarise the alignment of nodes (last axis) in five numbers; NaN where no node counts.
 
     mean; sr_weighted, weighted by the success range; filtered, over |g_ideal| > min_ideal_norm; global =
-    sum <g_ideal, u> / sqrt(n sum |g_ideal|^2), u the signal's unit gradient; fraction_positive. n counts the
+    sum g_ideal.u / sqrt(n sum |g_ideal|^2), u the signal's unit gradient; fraction_positive. n counts the
     decision nodes with a defined cosine.
     """
     keep = np.asarray(decision_mask, bool) & np.isfinite(cosine)

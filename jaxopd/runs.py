@@ -29,6 +29,7 @@ from jaxopd import distributed
 from jaxopd.errors import InputError
 
 PACKAGES = ("jaxopd", "jax", "jaxlib", "flax", "transformers", "numpy", "tensorstore", "orbax-checkpoint")
+MARKS = {"objective": "train", "allocation": "diagnose"}  # a field of the runs of one verb only
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before a storage that failed for a moment is asked again
 FLEETING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "UNKNOWN")
 
@@ -57,6 +58,9 @@ class RunFolder:
         known = run.config()
         if known is None:
             raise InputError(f"{path}: found no config.json here, expected a folder that all processes share")
+        mine, theirs = verb_of(config), verb_of(known)
+        if None not in (mine, theirs) and mine != theirs:
+            raise InputError(f"{path}: found a run of jaxopd {theirs}, expected a new folder, or one of jaxopd {mine}")
         known = {**defaults, **known}
         # A digest of the inputs differs wherever a setting that names them does, so it is looked at last.
         for field in sorted(set(known) | set(config), key=lambda name: (name == "input_digest", name)):
@@ -84,11 +88,14 @@ class RunFolder:
             self._write("env.json", _encoded(environment()))
 
     @classmethod
-    def existing(cls, path: str) -> "RunFolder":
-        """Opens a run for reading. Raises InputError where there is none."""
+    def existing(cls, path: str, verb: str | None = None) -> "RunFolder":
+        """Opens a run for reading. Raises InputError where there is none, or one of another verb."""
         run = cls(path)
-        if run.config() is None:
+        known = run.config()
+        if known is None:
             raise InputError(f"{path}: found no config.json, expected the folder of a jaxopd run")
+        if verb and verb_of(known) not in (verb, None):
+            raise InputError(f"{path}: found a run of jaxopd {verb_of(known)}, expected one of jaxopd {verb}")
         return run
 
     def config(self) -> dict[str, Any] | None:
@@ -129,7 +136,11 @@ class RunFolder:
 
     def finished(self, piece: str) -> bool:
         """Says in one process whether the piece was committed."""
-        return self._stored(lambda: self.store.read(f"pieces/{piece}/done.json").result()).state == "value"
+        return self.has(f"pieces/{piece}/done.json")
+
+    def has(self, key: str) -> bool:
+        """Says in one process whether something is stored at `key`."""
+        return self._stored(lambda: self.store.read(key).result()).state == "value"
 
     def save(self, piece: str, arrays: dict[str, np.ndarray], facts: dict[str, Any] | None = None) -> None:
         """Writes a piece's arrays, then the marker that commits them, which also holds `facts`."""
@@ -242,6 +253,11 @@ class RunFolder:
             found = f"storage that failed {tries} times ({reason})"
             return InputError(f"{self.path}: found {found}, expected one that answers; nothing is lost: {again}")
         return error
+
+
+def verb_of(config: Mapping[str, Any]) -> str | None:
+    """Names the verb that made a run of this configuration, or None."""
+    return next((verb for field, verb in MARKS.items() if field in config), None)
 
 
 def environment() -> dict[str, str]:

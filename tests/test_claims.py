@@ -8,6 +8,7 @@ import pytest
 
 from jaxopd import claims
 from jaxopd.claims import LEASE_SECONDS, Claims
+from jaxopd.errors import InputError
 from jaxopd.runs import RunFolder
 
 PIECE, KEY = "stage/00000", "pieces/stage/00000/claim.json"
@@ -62,6 +63,25 @@ def test_a_claim_from_elsewhere_holds_as_long_as_it_changes(run, monkeypatch) ->
     assert ours.ask(PIECE) == "theirs"
     now[0] += LEASE_SECONDS / 2 + 1
     assert ours.ask(PIECE) == "ours"
+
+
+def test_a_job_that_works_alone_is_refused_while_another_lives(run, monkeypatch) -> None:
+    """A process of this machine by its number, one elsewhere by its claim, which moves or stands still."""
+    now, beats = [1000.0], iter(range(3))
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    ours = Claims(run)
+    claim_of_another(run, machine=ours.claim["machine"], pid=1)
+    with pytest.raises(InputError, match="found another job at work on this run, process 1, expected one job"):
+        ours.take_alone(PIECE)
+    claim_of_another(run)
+    monkeypatch.setattr(claims.time, "sleep", lambda _: claim_of_another(run, beats=next(beats)))
+    with pytest.raises(InputError, match="found another job at work on this run, expected one job"):
+        ours.take_alone(PIECE)
+    monkeypatch.setattr(claims.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    ours.take_alone(PIECE)
+    assert now[0] > 1000 + LEASE_SECONDS
+    assert run.read_json(KEY)["job"] == ours.claim["job"]
+    ours.take_alone(PIECE)  # again
 
 
 def test_of_two_that_take_over_one_wins(run, monkeypatch) -> None:

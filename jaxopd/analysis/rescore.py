@@ -28,7 +28,7 @@ def rescore(
 
     S_u holds the tokens with at least `n_sig` visits of `estimator` and a known P_succ; `success` names the estimator
     whose P_succ is used there, by default the same. `forms`: those that need P and Q alone. Gives rows (question,
-    path, t, teacher, estimator) with decision, success_range, ideal_norm, advantage and align_<form>. Nodes without
+    path, t, teacher, estimator) with decision, success_range, ideal_norm, advantage and align_FORM. Nodes without
     two tokens of S_u are left out. Raises InputError on a column that the records do not hold.
     """
     success = success or estimator

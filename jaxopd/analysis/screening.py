@@ -43,7 +43,7 @@ def context_accuracy(screening: pd.DataFrame) -> pd.DataFrame:
 def accuracy_by_difficulty(screening: pd.DataFrame) -> pd.DataFrame:
     """Average the pass rate per context and difficulty bin over the kept questions (Table 9).
 
-    One row a context: accuracy_<bin> and n_<bin> for hard, medium, easy and all.
+    One row a context: accuracy_BIN and n_BIN for hard, medium, easy and all.
     """
     kept = screening[screening["kept"] & screening["available"]]
     rows = []

@@ -118,7 +118,7 @@ class Problem:
 
 def run_config(run: str) -> DiagnoseConfig:
     """Reads the configuration of a run; raises InputError where there is none."""
-    known = RunFolder.existing(run).config() or {}
+    known = RunFolder.existing(run, "diagnose").config() or {}
     fields = {f.name: known[f.name] for f in dataclasses.fields(DiagnoseConfig) if f.name in known}
     if "teacher" not in fields:
         raise InputError(f"{run}/config.json: found no field teacher, expected a run of jaxopd diagnose")

@@ -24,7 +24,7 @@ def arranged(
 
 
 def write_tables(tables: Iterable[Table], folder: str | Path) -> list[Path]:
-    """Write each table as <name>.md for reading and <name>.csv for machines; gives the paths."""
+    """Write each table as NAME.md for reading and NAME.csv for machines; gives the paths."""
     folder, written = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for table in tables:

@@ -87,7 +87,7 @@ class Records:
 
     @cached_property
     def forms(self) -> list[str]:
-        """Gradient forms, named by the columns align_<form> (renormalised reading)."""
+        """Gradient forms, named by the columns align_FORM (renormalised reading)."""
         names = pd.Series(
             [c.removeprefix("align_") for c in self.nodes.columns if c.startswith("align_")], dtype=object
         )
@@ -115,12 +115,14 @@ def default_estimator(nodes: pd.DataFrame) -> str:
 def read_records(run_dir: str | Path) -> Records:
     """Read RUN/config.json and RUN/records/*.parquet; raise InputError where one is missing or incomplete."""
     try:
-        run = RunFolder.existing(str(run_dir))
+        run = RunFolder.existing(str(run_dir), "diagnose")
         config = run.read_json("config.json")
     except (JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{run_dir}/config.json: found invalid JSON ({error}), expected an object") from None
     if not isinstance(config, dict):
         raise InputError(f"{run_dir}/config.json: found a {type(config).__name__}, expected an object")
+    if run.has("records/screening.parquet") and not run.has("records/questions.parquet"):
+        raise InputError(f"{run_dir}: found a run of jaxopd screen, expected one of jaxopd diagnose")
     tables = {name: _read_table(run, f"records/{name}.parquet", columns) for name, columns in COLUMNS.items()}
     if config.get("allocation") == "exits":
         tables["cosines"] = _read_table(run, "records/cosines.parquet", ["question", "teacher", "global_cosine", "se"])

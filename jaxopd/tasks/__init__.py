@@ -40,7 +40,7 @@ def find_task(name: str) -> Task:
 
 
 def grade(task: str, text: str, gold: str) -> bool | None:
-    """Grade a response: the last stated answer counts, text inside <think> does not.
+    """Grade a response: the last stated answer counts, text inside `<think>` does not.
 
     Args:
         task: a name in `TASKS`.

@@ -1,7 +1,7 @@
 r"""Where a response states its answer: shared by the graders, which differ in how they read it.
 
 An answer is stated in a ``\boxed{}``, after a phrase such as "Answer:" or "the answer is", or alone on the last
-line. The last one that can be read wins. Text inside <think> never counts, and neither does a box that the end of
+line. The last one that can be read wins. Text inside `<think>` never counts, and neither does a box that the end of
 the text cuts off. Responses are untrusted: every scan is linear in their length.
 """
 
@@ -25,9 +25,9 @@ Reader = Callable[[str], "str | None"]
 
 
 def visible(text: str) -> str | None:
-    """Return the text outside <think> blocks; None where a block is left open.
+    """Return the text outside `<think>` blocks; None where a block is left open.
 
-    A chat template may have opened the block in the prompt, so an unmatched </think> hides all that precedes it.
+    A chat template may have opened the block in the prompt, so an unmatched `</think>` hides all that precedes it.
     """
     kept, inside = [], False
     for piece in THINK_TAG.split(text):

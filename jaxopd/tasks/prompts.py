@@ -18,7 +18,7 @@ ENVIRONMENT = jinja2.Environment(
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill templates/<template>.jinja; the values themselves are never read as templates.
+    """Fill templates/TEMPLATE.jinja; the values themselves are never read as templates.
 
     Raises:
         InputError: the (edited) template is malformed or names an unknown value.

@@ -81,7 +81,7 @@ class ExitProblem:
     def influence(self, g: Float[np.ndarray, "N K"]) -> tuple[Float[np.ndarray, "M N K1"], Float[np.ndarray, "N K1"]]:
         """Differentiates each teacher's global cosine by the exits, and sums the squared derivatives of the gradient.
 
-        With N_D = sum <g, u>, D = sum |g|^2 and n nodes the cosine is N_D / sqrt(n D).
+        With N_D = sum g.u, D = sum |g|^2 and n nodes the cosine is N_D / sqrt(n D).
         """
         w, mass, n, power = self.weight, self.mass, self.decisions, max(float((g**2).sum()), 1e-12)
         through = w**2 * ((1 - w) ** 2 + (w**2).sum(1, keepdims=True) - w**2)

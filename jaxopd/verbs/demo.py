@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import tyro
 from rich.console import Console
 
 from jaxopd import toy
 from jaxopd.diagnose import DiagnoseConfig, collect, diagnose
 from jaxopd.diagnose.session import Session
+from jaxopd.distributed import Hosts
 from jaxopd.verbs.console import as_table, bars, show_report
 
 TOY_TEACHERS = (
@@ -33,6 +35,7 @@ class Demo:
     """Rollouts a node for the near-exact truth."""
     seed: int = 0
     """Seed of every draw."""
+    hosts: tyro.conf.OmitArgPrefixes[Hosts] = dataclasses.field(default_factory=Hosts)
 
     def run(self, console: Console) -> None:
         config = toy_config(self.student, self.questions, self.seed, truth_rollouts=self.truth_rollouts)

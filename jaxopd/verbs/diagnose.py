@@ -6,6 +6,7 @@ import tyro
 from rich.console import Console
 
 from jaxopd.diagnose import DiagnoseConfig, diagnose
+from jaxopd.distributed import Hosts
 from jaxopd.verbs.console import bars, show_report
 
 
@@ -16,6 +17,7 @@ class Diagnose(DiagnoseConfig):
     teacher: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     out: str = "runs/diagnose"
     """Folder of the run; the same command with the same folder resumes it."""
+    hosts: tyro.conf.OmitArgPrefixes[Hosts] = dataclasses.field(default_factory=Hosts)
 
     def __post_init__(self) -> None:
         pass  # `run` checks: an error raised while parsing would be tyro's to show

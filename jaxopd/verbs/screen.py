@@ -9,7 +9,7 @@ from rich.console import Console
 from jaxopd.analysis.screening import BINS, accuracy_by_difficulty, availability, context_accuracy
 from jaxopd.diagnose import DiagnoseConfig
 from jaxopd.diagnose.screen import CONTEXTS, ROLLOUTS, screen
-from jaxopd.distributed import decided
+from jaxopd.distributed import Hosts, decided
 from jaxopd.errors import InputError
 from jaxopd.report.arranged import arranged, write_tables
 from jaxopd.report.tables import Table
@@ -53,6 +53,7 @@ class Screen:
     """Seed of every draw."""
     out: str = "runs/screen"
     """Folder of the run; the same command with the same folder resumes it."""
+    hosts: tyro.conf.OmitArgPrefixes[Hosts] = dataclasses.field(default_factory=Hosts)
 
     def run(self, console: Console) -> None:
         shared = {f.name for f in dataclasses.fields(DiagnoseConfig)} & {f.name for f in dataclasses.fields(self)}

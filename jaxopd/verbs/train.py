@@ -8,6 +8,7 @@ import pandas as pd
 import tyro
 from rich.console import Console
 
+from jaxopd.distributed import Hosts
 from jaxopd.errors import InputError
 from jaxopd.models import load_model, load_tokenizer
 from jaxopd.train.config import GateConfig, TrainConfig
@@ -59,6 +60,7 @@ class Train(TrainFlags):
 
     out: str = "runs/train"
     """Folder of the run; the same command with the same folder resumes it."""
+    hosts: tyro.conf.OmitArgPrefixes[Hosts] = dataclasses.field(default_factory=Hosts)
 
     def run(self, console: Console) -> None:
         from jaxopd.train.loop import train
