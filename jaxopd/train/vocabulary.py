@@ -51,7 +51,7 @@ def top_tokens(
         if vocab_size is not None:
             logits = jnp.where(ids[None] < vocab_size, logits, -jnp.inf)
         best, where = lax.top_k(logits, min(k, head.shape[0]))
-        return shards.top_k(best, ids[where], k, axis)[1]
+        return shards.merged_top_k(best, ids[where], k, axis)[1]
 
     return _in_waves(wave, head.shape[0], hidden)
 
