@@ -2,8 +2,12 @@
 
 A job claims a piece by a file beside it, and writes the file again every BEAT_SECONDS while it works. Another job takes
 the piece over once the file has stood still for LEASE_SECONDS of that job's own clock, or at once where the claim is of
-a process of the same machine that is gone. Claims only save work: should two jobs do a piece all the same, the first
-commit stands (`RunFolder.save`), so no clock, pause or lost file can harm a record.
+a process of the same machine that is gone. For pieces that `RunFolder.save` commits, claims only save work: should two
+jobs do one all the same, the first commit stands, so no clock, pause or lost file can harm a record.
+
+A training run has no such commit, so its job holds it `alone` and asks `confirm` before it writes: a job that was
+paused, or without storage, for longer than the lease finds its claim taken and ends. What is left to chance is a pause
+between the answer and the write.
 """
 
 import os
@@ -32,7 +36,9 @@ class Claims:
 
     def __init__(self, run: RunFolder):
         self.run = run
-        self.claim = {"job": uuid.uuid4().hex, "machine": _machine(), "pid": os.getpid()}
+        pid = os.getpid()
+        self.claim = {"job": uuid.uuid4().hex, "machine": _machine(), "pid": pid, "started": _started(pid)}
+        self.held: set[str] = set()  # pieces that we work on; known to process 0
         self.seen: dict[str, tuple[bytes, float]] = {}  # a claim's generation, and since when it has stood still
 
     def ask(self, piece: str) -> State:
@@ -53,7 +59,7 @@ class Claims:
         return "ours"
 
     def _abandoned(self, key: str, claim: dict, generation: bytes) -> bool:
-        if claim.get("machine") == self.claim["machine"] and not _others(claim.get("pid", 0)):
+        if self._lives(claim) is False:
             return True
         known, since = self.seen.get(key, (None, 0.0))
         if known != generation:
@@ -61,20 +67,38 @@ class Claims:
             return False
         return time.monotonic() - since > LEASE_SECONDS
 
-    def take_alone(self, piece: str) -> None:
-        """Makes a piece ours that cannot be shared, after its claim stood still long enough.
+    def _lives(self, claim: dict) -> bool | None:
+        """Says whether a claim is of another living process of this machine, or None where that cannot be seen."""
+        if claim.get("machine") != self.claim["machine"]:
+            return None
+        pid = claim.get("pid", 0)
+        if pid == os.getpid():  # of a job in this process that failed before
+            return False
+        with suppress(PermissionError):  # there, but another user's
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return False
+        started = _started(pid)  # a number is given again, to a process that began later
+        return None if None in (started, claim.get("started")) else started == claim["started"]
+
+    @contextmanager
+    def alone(self, piece: str) -> Iterator[None]:
+        """Works on a piece that cannot be shared, once its claim has stood still long enough.
 
         Raises InputError, in all processes, where another job is alive at it.
         """
         distributed.decided(lambda: self._take_alone(piece))
+        with self.working(piece):
+            yield
 
     def _take_alone(self, piece: str) -> None:
         seen = None
         while self._ask(piece) != "ours":
             claim, generation = self.run.read_version(_key(piece))
-            here = claim is not None and claim.get("machine") == self.claim["machine"]
+            here = claim is not None and self._lives(claim)
             if here or seen not in (None, generation):  # its process is there, or its claim moves
-                found = "another job at work on this run" + f", process {claim['pid']}" * here
+                found = "another job at work on this run" + (f", process {claim['pid']}" if here else "")
                 raise InputError(f"{self.run.path}: found {found}, expected one job at a time")
             seen = generation
             time.sleep(LOOK_SECONDS)
@@ -87,18 +111,32 @@ class Claims:
             return
         stop = threading.Event()
         heart = threading.Thread(target=self._beat, args=(piece, stop), daemon=True)
+        self.held.add(piece)
         heart.start()
         try:
             yield
         finally:
             stop.set()
             heart.join()
+            self.held.discard(piece)
             self._give_up(piece)
+
+    def confirm(self, piece: str) -> None:
+        """Raises InputError, in all processes, where a piece that we work on was taken over."""
+        distributed.decided(lambda: self._confirm(piece))
+
+    def _confirm(self, piece: str) -> None:
+        if piece in self.held and not self._is_ours(self.run.read_json(_key(piece))):
+            found = f"a run that another job took over after {LEASE_SECONDS:.0f} s without a sign of this one"
+            raise InputError(f"{self.run.path}: found {found}, expected one job at a time")
+
+    def _is_ours(self, claim: dict | None) -> bool:
+        return claim is not None and claim.get("job") == self.claim["job"]
 
     def _give_up(self, piece: str) -> None:
         with suppress(InputError):  # the storage is away or full: the next job sees that this one is gone
             claim, generation = self.run.read_version(_key(piece))
-            if claim is not None and claim.get("job") == self.claim["job"]:  # or it was taken over meanwhile
+            if self._is_ours(claim):  # or it was taken over meanwhile
                 self.run.delete(_key(piece), generation)
 
     def _beat(self, piece: str, stop: threading.Event) -> None:
@@ -107,11 +145,11 @@ class Claims:
             beats += 1
             try:
                 claim, generation = self.run.read_version(_key(piece))
-                if claim is None or claim.get("job") != self.claim["job"]:
+                if not self._is_ours(claim):
                     return
                 self.run.write_if(_key(piece), self.claim | {"beats": beats}, generation)
-            except InputError:  # the storage is away: the piece may be taken over, and the first commit stands
-                return
+            except ValueError:  # the storage is away: whoever sees it may take the piece over until it is back
+                continue
 
 
 def _key(piece: str) -> str:
@@ -125,14 +163,10 @@ def _machine() -> str:
     return " ".join((platform.node(), *named))
 
 
-def _others(pid: int) -> bool:
-    """Says whether another living process has this number; a claim of our own is of a job that failed before."""
-    if pid == os.getpid():
-        return False
+def _started(pid: int) -> str | None:
+    """Gives when a process began, in ticks since the machine did; None where it has ended or no system says."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # there, but another user's
-        return True
-    return True
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # a name may hold spaces
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]  # field 22 of proc(5); a zombie's parent may never look after it

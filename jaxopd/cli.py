@@ -48,7 +48,8 @@ Verb = (
 )
 
 
-RESUMABLE = (Diagnose, Demo, Screen, Train)  # what several processes can do together, and SIGTERM may interrupt
+RESUMABLE = (Diagnose, Demo, Screen, Train)  # what SIGTERM may interrupt
+SHARED = (*RESUMABLE, Convert)  # what several processes can do together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Command:
     verb: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Verb]]
 
     def run(self) -> None:
-        if isinstance(self.verb, RESUMABLE):
+        if isinstance(self.verb, SHARED):
             self.verb.hosts.join()
         keep_compiled()
         console = Console(quiet=not distributed.is_first())
@@ -80,19 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(run: Callable[[], None]) -> int:
     """Runs something and gives the exit code; what went wrong is told in one sentence.
 
-    0 it worked, 2 bad input or a full disk, 3 another process of the run was lost, 75 stopped by SIGTERM.
+    0 it worked, 2 bad input or a full disk, 3 another process of the run was lost, 75 and 130 stopped by SIGTERM and
+    Ctrl-C.
     """
     again = "what was finished is saved, and the same command goes on from there"
     try:
         run()
         return 0
-    except distributed.Preempted:
-        return _tell(f"stopped by SIGTERM: {again}", STOPPED, by_all=True)
+    except distributed.Preempted as stop:
+        return _tell(f"stopped by {stop}: {again}", INTERRUPTED if str(stop) == "Ctrl-C" else STOPPED, by_all=True)
     except distributed.SharedError as error:
         return _tell(str(error), BAD_INPUT, by_all=True)
     except KeyboardInterrupt:
         distributed.leave(INTERRUPTED)  # the others would wait for a regular end
-        raise
+        return _tell("stopped by Ctrl-C", INTERRUPTED)
     except Exception as error:
         code = _failure(error, again)
         distributed.leave(code)

@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,18 +23,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, first_line
 from jaxopd.types import bucket
 
 T = TypeVar("T")
 
-_sigterm = threading.Event()
+_stop_signals: list[int] = []
 _safe_points = itertools.count()
 _dismissals: list[Callable[[], object]] = []
 
 
 class Preempted(Exception):
-    """SIGTERM arrived, and this is a moment at which nothing finished is lost."""
+    """SIGTERM or Ctrl-C arrived, and this is a moment at which nothing finished is lost."""
 
 
 class SharedError(InputError):
@@ -87,7 +86,7 @@ class Hosts:
                 "Open MPI to do so, or --coordinator, --processes and --process"
             ) from None
         except jax.errors.JaxRuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise InputError(
                 f"--coordinator {coordinator}: found no way to the other processes ({reason}), expected the same free "
                 "port of process 0 everywhere, and a number of its own for each process"
@@ -189,22 +188,37 @@ def _broadcast(message: bytes) -> bytes:
 
 @contextmanager
 def preemptible() -> Iterator[None]:
-    """Has SIGTERM wait for the next `stop_if_preempted`. With several processes JAX's preemption service does it."""
+    """Has SIGTERM, and the first Ctrl-C, wait for the next `stop_if_preempted`.
+
+    With several processes JAX's preemption service does it, for SIGTERM alone.
+    """
     if several():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: _sigterm.set())
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, _: Any) -> None:
+        _stop_signals.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            print("jaxopd: stopping where nothing finished is lost; Ctrl-C again stops at once", file=sys.stderr)
+
     try:
+        for number in before:
+            signal.signal(number, stop)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        _sigterm.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _stop_signals.clear()
 
 
 def stop_if_preempted() -> None:
     """Raises Preempted after SIGTERM: in all processes at the same call of this, whichever of them had the signal."""
-    if _sigterm.is_set() or (several() and multihost_utils.reached_preemption_sync_point(next(_safe_points))):
-        raise Preempted
+    if _stop_signals:
+        raise Preempted("Ctrl-C" if _stop_signals[0] == signal.SIGINT else "SIGTERM")
+    if several() and multihost_utils.reached_preemption_sync_point(next(_safe_points)):
+        raise Preempted("SIGTERM")
 
 
 def leave(code: int) -> None:

@@ -1,4 +1,4 @@
-"""The one exception for input that a user can mend."""
+"""The one exception for input that a user can mend, and what other libraries' exceptions say."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     The command line prints the sentence and exits with code 2; library users catch it like any ValueError.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Gives what an exception says, as part of a sentence; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

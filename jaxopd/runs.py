@@ -29,7 +29,7 @@ from jaxopd import distributed
 from jaxopd.errors import InputError
 
 PACKAGES = ("jaxopd", "jax", "jaxlib", "flax", "transformers", "numpy", "tensorstore", "orbax-checkpoint")
-MARKS = {"objective": "train", "allocation": "diagnose"}  # a field by which runs are told apart, screenings among the latter
+MARKS = {"objective": "train", "allocation": "diagnose"}  # fields by which runs are told apart; screen is as diagnose
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before a storage that failed for a moment is asked again
 FLEETING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "UNKNOWN")
 

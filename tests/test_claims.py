@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,17 @@ def run(tmp_path) -> RunFolder:
 
 def claim_of_another(run: RunFolder, **claim) -> None:
     run.write_json(KEY, ELSEWHERE | claim)
+
+
+def the_first_process(ours: Claims) -> dict:
+    """What a claim of this machine's process 1 says of it."""
+    return {"machine": ours.claim["machine"], "pid": 1, "started": Path("/proc/1/stat").read_text().split()[21]}
+
+
+def take(job: Claims) -> None:
+    with job.alone(PIECE):
+        assert job.run.read_json(KEY)["job"] == job.claim["job"]
+    assert job.run.read_json(KEY) is None
 
 
 def test_a_piece_is_ours_until_it_is_done(run) -> None:
@@ -70,18 +83,33 @@ def test_a_job_that_works_alone_is_refused_while_another_lives(run, monkeypatch)
     now, beats = [1000.0], iter(range(3))
     monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
     ours = Claims(run)
-    claim_of_another(run, machine=ours.claim["machine"], pid=1)
+    claim_of_another(run, **the_first_process(ours))
     with pytest.raises(InputError, match="found another job at work on this run, process 1, expected one job"):
-        ours.take_alone(PIECE)
+        take(ours)
     claim_of_another(run)
     monkeypatch.setattr(claims.time, "sleep", lambda _: claim_of_another(run, beats=next(beats)))
     with pytest.raises(InputError, match="found another job at work on this run, expected one job"):
-        ours.take_alone(PIECE)
+        take(ours)
     monkeypatch.setattr(claims.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    ours.take_alone(PIECE)
+    take(ours)
     assert now[0] > 1000 + LEASE_SECONDS
-    assert run.read_json(KEY)["job"] == ours.claim["job"]
-    ours.take_alone(PIECE)  # again
+    take(ours)  # again
+
+
+def test_a_number_that_another_process_has_now_is_no_sign_of_life(run, monkeypatch) -> None:
+    """A claim tells when its process began; where the system does not say, the claim holds while it changes."""
+    ours = Claims(run)
+    living = the_first_process(ours)
+    claim_of_another(run, **living | {"started": str(int(living["started"]) + 1)})
+    assert ours.ask(PIECE) == "ours"
+    claim_of_another(run, **living)
+    assert ours.ask(PIECE) == "theirs"
+    monkeypatch.setattr(claims, "_started", lambda pid: None)
+    now = [1000.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(claims.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    take(ours)
+    assert now[0] > 1000 + LEASE_SECONDS
 
 
 def test_of_two_that_take_over_one_wins(run, monkeypatch) -> None:
@@ -111,3 +139,32 @@ def test_a_heart_beats_and_stops_when_the_piece_is_taken(run, monkeypatch) -> No
             pass
         claim_of_another(run)
     assert run.read_json(KEY) == ELSEWHERE
+
+
+def test_a_heart_beats_on_after_the_storage_was_away(run, monkeypatch) -> None:
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.001)
+    ours, write, away = Claims(run), run.write_if, iter(range(3))
+    assert ours.ask(PIECE) == "ours"
+
+    def fails_at_first(*given) -> bool:
+        if next(away, None) is not None:
+            raise InputError("found storage that failed")
+        return write(*given)
+
+    monkeypatch.setattr(run, "write_if", fails_at_first)
+    with ours.working(PIECE):
+        until = time.monotonic() + 10
+        while run.read_json(KEY).get("beats", 0) <= 3:
+            assert time.monotonic() < until, "no beat since"
+
+
+def test_who_lost_a_piece_is_told(run) -> None:
+    ours = Claims(run)
+    ours.confirm(PIECE)  # not held, so nothing to lose
+    for taken in (lambda: claim_of_another(run), lambda: run.delete(KEY)):  # the other job may have ended since
+        with ours.alone(PIECE):
+            ours.confirm(PIECE)
+            taken()
+            with pytest.raises(InputError, match="found a run that another job took over after 60 s"):
+                ours.confirm(PIECE)
+        run.delete(KEY)

@@ -9,8 +9,8 @@ from jaxopd import cli
 from jaxopd.errors import InputError
 from jaxopd.runs import RunFolder
 
-SEVERAL = {"demo", "diagnose", "screen", "train"}
-ALONE = {"report", "compare", "truth", "lab", "plan", "preflight", "evaluate", "corpus", "convert"}
+SEVERAL = {"convert", "demo", "diagnose", "screen", "train"}
+ALONE = {"report", "compare", "truth", "lab", "plan", "preflight", "evaluate", "corpus"}
 
 
 def test_the_version(capsys):

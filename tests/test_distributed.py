@@ -134,8 +134,9 @@ def test_records_of_several_processes_are_those_of_one(outs, table, run) -> None
     assert len(alone) > 0
     floats = alone.select_dtypes("floating").columns
     pd.testing.assert_frame_equal(together.drop(columns=floats), alone.drop(columns=floats))
-    cosines = [name for name in floats if name.startswith("align_")]  # of gradients that may be as small as 1e-3
-    np.testing.assert_allclose(together[cosines], alone[cosines], rtol=0, atol=1e-3)
+    # A split teacher's sums are rounded otherwise, which the cosine of a gradient as small as 1e-3 magnifies.
+    cosines = floats[floats.str.startswith("align_")] if "split" in run[0] else []
+    np.testing.assert_allclose(together[cosines], alone[cosines], rtol=0, atol=2e-4)
     rest = floats.difference(cosines)
     np.testing.assert_allclose(together[rest], alone[rest], rtol=1e-5, atol=1e-5)
 

@@ -74,7 +74,8 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step() -> None:
     assert "jaxopd:" not in ended[1][2]
 
 
-def test_sigterm_during_a_diagnosis(inputs, tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)])
+def test_a_signal_during_a_diagnosis(inputs, tmp_path, capsys, monkeypatch, number, name, code) -> None:
     """The piece in hand is finished, nothing else is begun, and the same command goes on."""
     save, saved = RunFolder.save, []
 
@@ -82,14 +83,14 @@ def test_sigterm_during_a_diagnosis(inputs, tmp_path, capsys, monkeypatch) -> No
         save(self, piece, *rest)
         saved.append(piece)
         if len(saved) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "save", stopped)
-        assert diagnose(inputs, tmp_path / "run") == cli.STOPPED == 75
-    assert capsys.readouterr().err.startswith("jaxopd: stopped by SIGTERM: what was finished is saved")
-    assert signal.getsignal(signal.SIGTERM) is before
+        assert diagnose(inputs, tmp_path / "run") == code
+    assert f"jaxopd: stopped by {name}: what was finished is saved" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
     assert len(saved) == 2
     assert len(list((tmp_path / "run" / "pieces").rglob("done.json"))) == 2
     assert not list((tmp_path / "run").rglob("claim.json"))

@@ -143,6 +143,42 @@ def test_a_split_teacher_is_counted_as_it_lies():
         plan_diagnosis(SMALL, {"T": UNTIED}, None, dataclasses.replace(work, model_parallel=3), SLOW, 8)
 
 
+def test_what_decodes_with_fsdp_alone_is_copied_beside_its_shards():
+    state = nnx.split(init_model(UNTIED))[1]
+    there = jax.device_put(state, parameter_shardings(state, UNTIED, device_mesh(8), fsdp=True))
+    work = DiagnosisWork(dtype="float32", fsdp=True)
+    writing = plan_diagnosis(SMALL, {"T": UNTIED}, UNTIED, work, SLOW, 8).memory["demonstrations, large"]
+    assert writing["shards"] == held_bytes(there) / 8
+    assert writing["weights"] == weight_bytes(UNTIED, "float32")
+    shared = dataclasses.replace(work, model_parallel=2)
+    assert "shards" not in plan_diagnosis(SMALL, {}, UNTIED, shared, SLOW, 8).memory["demonstrations, large"]
+
+
+def test_a_split_student_is_counted_as_it_lies():
+    graph, state = nnx.split(init_model(SMALL))
+    there = jax.device_put(state, parameter_shardings(state, SMALL, device_mesh(8, model=2), fsdp=True))
+    work = DiagnosisWork(dtype="float32", model_parallel=2, fsdp=True, split_student=True)
+    memory = plan_diagnosis(SMALL, {"T": UNTIED}, None, work, SLOW, 8).memory
+    assert memory["scoring, T"]["student"] == held_bytes(there) / 8
+    assert memory["targeted rollouts"]["weights"] == Engine(nnx.merge(graph, there)).weights / 8
+
+
+def test_both_verbs_plan_the_rows_of_a_teacher_that_devices_share():
+    """Its hidden states, of m times the rows of one on every device, and nothing else that grows with them."""
+    wide = dataclasses.replace(UNTIED, hidden_size=512, num_kv_heads=4)  # its heads and FFN are split over all four
+    training = TrainingWork(batch=8, rollouts=2, micro_batch=8, max_tokens=256, response_tokens=100, prompt_tokens=64)
+    diagnosis = DiagnosisWork(dtype="float32", paths=4, max_tokens=256, prompt_tokens=64, self_teachers=0)
+    for plan, work, phase, width in (
+        (plan_training_run, training, "scoring", 64 + 256),
+        (lambda *given: plan_diagnosis(*given[:2], None, *given[2:]), diagnosis, "scoring, T", 64 + 256),
+    ):
+        one, four = (
+            plan(SMALL, {"T": wide}, dataclasses.replace(work, model_parallel=m), SLOW, 8).memory[phase]["workspace"]
+            for m in (1, 4)
+        )
+        assert four - one == 2 * 4 * width * 512 * (4 - 1)  # a row a device
+
+
 def test_this_machine_is_measured():
     here = find_hardware("here", SMALL, "float32", 8)
     assert min(here.flops, here.step_flops, here.bandwidth, here.memory) > 0

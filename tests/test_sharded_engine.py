@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,7 +12,8 @@ from jaxopd.models import Qwen, QwenConfig, init_model
 from jaxopd.models.sharding import device_mesh, held_bytes, parameter_shardings
 from jaxopd.responses import response_hidden, response_log_probs
 from jaxopd.rollouts import Engine, Requests, Sampling, wave
-from jaxopd.rollouts.suffix import RING
+from jaxopd.rollouts.plan import plan_memory
+from jaxopd.rollouts.suffix import RING, ring_width
 
 CONFIG = QwenConfig(96, 32, 64, 1, 8, 4, 8, max_positions=256, initializer_range=0.25, tie_embeddings=False)
 MESHES = [(8, 1), (2, 4), (1, 8)]  # the key heads divide four devices, not eight
@@ -35,7 +37,7 @@ def requests(trunks) -> Requests:
 
 def placed(model: Qwen, shape: tuple[int, int], fsdp: bool = False) -> Qwen:
     graph, state = nnx.split(model)
-    shardings = parameter_shardings(state, CONFIG, device_mesh(model=shape[1]), fsdp=fsdp)
+    shardings = parameter_shardings(state, model.config, device_mesh(model=shape[1]), fsdp=fsdp)
     return nnx.merge(graph, jax.device_put(state, shardings))
 
 
@@ -68,6 +70,35 @@ def test_a_whole_model_gets_slots_on_all_devices_of_any_mesh(model) -> None:
     for engine in (Engine(model), Engine(model, mesh=device_mesh(model=4)), Engine(placed(model, (8, 1)))):
         assert dict(engine.mesh.shape) == {"data": 8, "model": 1}
         assert engine.weights == 8 * held_bytes(nnx.split(model)[1])
+
+
+def test_the_plan_bounds_what_a_device_gathers_to_decode(trunks, requests, monkeypatch) -> None:
+    """XLA gathers the matrices of all layers before the loop of steps: the plan has to count more than a layer's."""
+    model = init_model(dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=512, num_layers=2))
+    engine, sampling, taken = Engine(placed(model, (4, 2), fsdp=True), slots=8), Sampling(30), []
+    original = wave.decode_block
+
+    def watching(*given):
+        taken.append(original.lower(*given).compile().memory_analysis().temp_size_in_bytes)
+        raise InterruptedError
+
+    monkeypatch.setattr(wave, "decode_block", watching)
+    with pytest.raises(InterruptedError):
+        engine.run(trunks, requests, sampling)
+    planned = engine.plan(trunks, requests, sampling).workspace / 8
+    assert 0.5 * planned < taken[0] < planned
+
+
+@pytest.mark.parametrize(
+    ("fields", "repeated"),
+    [({}, 1), ({"vocab_size": 9602}, 4), ({"num_kv_heads": 2}, 1), ({"vocab_size": 9602, "num_kv_heads": 2}, 4)],
+)
+def test_logits_are_repeated_where_the_vocabulary_is_not_split(fields, repeated) -> None:
+    config = dataclasses.replace(CONFIG, **({"vocab_size": 9600} | fields))
+    mesh, shared = device_mesh(model=4), {"weights": 0, "trunks": 1, "trunk_length": 8, "most": 8, "max_tokens": 8}
+    plan = plan_memory(config, jnp.dtype("float32"), **shared, slots=8, mesh=mesh, budget=1 << 40)
+    assert plan.workspace == repeated * 8 * 6 * 4 * config.vocab_size
+    assert plan.suffix == 8 * ring_width(8) * 2 * 8 * 4 * (4 if config.num_kv_heads == 4 else 4 * 2)
 
 
 @pytest.mark.parametrize("shape", MESHES)

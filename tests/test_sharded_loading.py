@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -28,6 +29,7 @@ from jaxopd.models import (
     save_model,
     weights,
 )
+from jaxopd.models.checkpoints import is_checkpoint
 from jaxopd.models.sharding import device_mesh, parameter_shardings
 from jaxopd.toy import MODELS
 
@@ -47,6 +49,10 @@ TOY = QwenConfig(
     max_positions=64,
 )
 MESHES = {"8": (8, 1), "4x2": (8, 2), "2x4": (8, 4), "1x8": (8, 8), "2x2": (4, 2), "1": (1, 1)}  # devices, a model
+
+
+def killed(*_, **__) -> None:
+    raise KeyboardInterrupt
 
 
 def mesh_named(name: str) -> jax.sharding.Mesh:
@@ -126,10 +132,16 @@ def test_checkpoint_stands_where_a_hugging_face_folder_does(saved, folders) -> N
     assert_same(load_model(saved), load_model(folders["qwen2 in bfloat16"]))  # widened to float32
 
 
-def test_converted_folder_stands_where_the_model_did(tmp_path, capsys) -> None:
+def test_converted_folder_stands_where_the_model_did(tmp_path, capsys, monkeypatch) -> None:
     converted = tmp_path / "converted"
     command = ["convert", "--model", str(MODELS / "S"), "--out", str(converted), "--dtype", "float32"]
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.StandardCheckpointer, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(command)
+    assert not converted.exists()
     assert cli.main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted"]
     assert f"checkpoint: {converted}" in capsys.readouterr().out.replace("\n", "")
     assert_same(load_model(converted), load_model(MODELS / "S"))
     assert load_tokenizer(converted).get_vocab() == load_tokenizer(MODELS / "S").get_vocab()
@@ -170,6 +182,39 @@ def test_truncated_checkpoint(part, tmp_path) -> None:
     with pytest.raises(InputError, match=f"{tmp_path}/state: found no readable checkpoint .*, expected a whole one"):
         load_checkpoint(tmp_path, mesh=device_mesh())
     gc.collect()  # orbax's other reads warn here, not in a later test
+
+
+def test_an_exception_without_text_is_named(saved, monkeypatch) -> None:
+    """Memory that ran out is no fault of the checkpoint."""
+
+    def fails(*_) -> None:
+        raise error
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fails)
+    error = KeyError()
+    with pytest.raises(InputError, match=r"found no readable checkpoint \(KeyError\), expected a whole one"):
+        load_checkpoint(saved)
+    error = MemoryError()
+    with pytest.raises(MemoryError):
+        load_checkpoint(saved)
+
+
+def test_killed_while_saving_it_leaves_no_checkpoint(broken, folders, monkeypatch) -> None:
+    """Neither a new one's half nor an older one with the new one's config.json."""
+    model = load_model(folders["qwen2 in bfloat16"])
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", killed)
+    for path in (broken, broken / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(model, path)
+        assert json.loads((path / "config.json").read_text())["dtype"] == "float32"  # before orbax's commit
+        assert not is_checkpoint(path)
+
+
+def test_arrays_without_a_mesh_follow_those_of_one(saved) -> None:
+    """As those of a Hugging Face folder do: they are not bound to their device."""
+    head = load_checkpoint(saved).head()
+    spread = jax.device_put(np.ones(head.shape[1], head.dtype), jax.NamedSharding(device_mesh(), jax.P()))
+    assert len((head @ spread).sharding.device_set) == 8
 
 
 def test_folder_without_a_checkpoint(broken) -> None:
@@ -246,3 +291,15 @@ def test_two_processes_read_half_each_and_save_together(folders, tmp_path) -> No
         read = next(int(line.split()[1]) for line in out.splitlines() if line.startswith("read"))
         assert 0.5 * whole <= read < 0.55 * whole  # norms are read by both
     assert_same(load_checkpoint(saved), load_model(stored, dtype="bfloat16"))
+
+
+@pytest.mark.slow
+def test_two_processes_convert_together(tmp_path) -> None:
+    here = runpy.run_path(str(HERE / "processes.py"))
+    out = tmp_path / "converted"
+    command = ["-m", "jaxopd.cli", "convert", "--model", str(MODELS / "S"), "--out", str(out), "--dtype", "float32"]
+    with here["started"](here["joined"](command, 2)) as running:
+        ended = here["finish"](running)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert [path.name for path in tmp_path.iterdir()] == ["converted"]
+    assert_same(load_model(out), load_model(MODELS / "S"))

@@ -34,7 +34,7 @@ from jaxopd.train.gates import AlignmentTable, gate_weights
 from jaxopd.train.geometry import cosine
 from jaxopd.train.health import Monitor, TrainingStopped, repetition
 from jaxopd.train.log import MetricsLog
-from jaxopd.train.loop import Trainer, train
+from jaxopd.train.loop import WHOLE, Trainer, train
 from jaxopd.train.metrics import Scored, auroc
 from jaxopd.train.objectives import ObjectiveConfig
 from jaxopd.train.targets import make_targets, reduced
@@ -149,6 +149,39 @@ def test_a_run_resumed_on_eight_devices(whole, killed, tmp_path):
     assert len(spread.sharding.device_set) == 8
     for ours, theirs in zip(leaves(resumed), leaves(whole), strict=True):
         assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_job_that_lost_its_run_writes_no_more(killed, tmp_path):
+    folder = shutil.copytree(killed, tmp_path / "run")
+    trainer = Trainer(CONFIG, folder, quiet, device_mesh(1))
+    assert not list(folder.rglob("claim.json"))  # held while it runs
+    draw = trainer.collect.draw
+
+    def paused(*given):
+        trainer.claims.run.write_json(f"pieces/{WHOLE}/claim.json", {"job": "another", "machine": "another", "pid": 1})
+        return draw(*given)
+
+    trainer.collect.draw = paused
+    with pytest.raises(InputError, match="found a run that another job took over"):
+        trainer.run()
+    assert trainer.log.read()[-1]["step"] == 1
+    assert not (folder / "student").exists()
+
+
+def test_a_run_that_another_job_took_further_is_refused(killed, tmp_path):
+    folder = shutil.copytree(killed, tmp_path / "run")
+    trainer = Trainer(CONFIG, folder, quiet, device_mesh(1))
+    shutil.copytree(folder / "checkpoints" / "2", folder / "checkpoints" / "4")
+    with pytest.raises(InputError, match="checkpoints: found 4 as the newest step, expected 2 as the newest step"):
+        trainer.run()
+
+
+def test_a_run_that_cannot_be_restored_is_given_up(killed, tmp_path):
+    folder = shutil.copytree(killed, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "2" / "arrays")
+    with pytest.raises(Exception):  # noqa: B017
+        Trainer(CONFIG, folder, quiet, device_mesh(1))
+    assert not list(folder.rglob("claim.json"))
 
 
 def test_a_run_with_other_settings_is_refused(killed):

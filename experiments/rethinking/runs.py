@@ -24,7 +24,7 @@ from jaxopd import load_model, load_tokenizer, toy
 from jaxopd.models import Qwen
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.evaluate import EvalConfig, evaluate, gap_recovery
-from jaxopd.train.loop import Trainer
+from jaxopd.train.loop import WHOLE, Trainer
 from jaxopd.train.objectives import ObjectiveConfig
 from jaxopd.verbs.console import keep_compiled
 
@@ -128,10 +128,11 @@ class Setting:
         out = self.folder / digest([dataclasses.asdict(config), dataclasses.asdict(self.evaluation)])
         if not (out / "student" / "model.safetensors").exists():
             trainer = Trainer(config, out)
-            for step in self.milestones:
-                while trainer.step < step:
-                    trainer.advance()
-                self.correct(self.at(out, step), lambda: trainer.student)
+            with trainer.claims.alone(WHOLE):
+                for step in self.milestones:
+                    while trainer.step < step:
+                        trainer.advance()
+                    self.correct(self.at(out, step), lambda: trainer.student)
             trainer.run()
         return out
 

@@ -25,7 +25,7 @@ class DiagnoseConfig:
     task: str
     """boolq, mmlu, math or toy."""
     questions: str
-    """File (or MMLU folder) of questions; of toy, FLAVOUR:NUMBER:SEED, as in all:2:7."""
+    """File (or MMLU folder) of questions; of toy, FLAVOUR:NUMBER:SEED, as in all:2:7, two of each flavour."""
     large: str | None = None
     """The larger model: writes summaries and @large demonstrations."""
     demonstrations: str | None = None
@@ -77,7 +77,10 @@ class DiagnoseConfig:
     model_parallel: int = 1
     """Devices that share one copy of a teacher, or of the larger model: its vocabulary, heads and FFN are split."""
     fsdp: bool = False
-    """Split over the other devices what --model-parallel leaves of these models' matrices; gathered when used."""
+    """Split over the other devices what --model-parallel leaves of these models' matrices; gathered when used.
+
+    The writer of demonstrations decodes from all layers gathered, or, with --model-parallel 1, from a whole copy.
+    """
     split_student: bool = False
     """Split the student as the teachers are; by default each device holds a copy."""
     seed: int = 0

@@ -1,17 +1,22 @@
 """Orbax checkpoints of models: saved from one mesh and restored on another, each process its own part of the bytes."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxopd.distributed import is_first
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, first_line
 from jaxopd.models.config import QwenConfig, read_json, shown
 from jaxopd.models.qwen import Qwen
 from jaxopd.models.sharding import abstract_model
@@ -23,14 +28,28 @@ READ_AT_ONCE_GB = 8  # by a process, beside its devices' memory; more than any o
 
 
 def save_checkpoint(model: Qwen, path: str | Path) -> None:
-    """Saves `model` through orbax, with its config.json beside the arrays; every process of a mesh calls this."""
+    """Saves `model` through orbax, with its config.json beside the arrays; every process of a mesh calls this.
+
+    Killed at any moment it leaves a whole checkpoint or, by `is_checkpoint`, none: orbax's commit is the last act.
+    """
     path = Path(path).absolute()
+    if is_first():
+        _begin(path, model)
     arrays = nnx.to_pure_dict(nnx.split(model)[1])
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / ARRAYS, arrays, save_args=chunks, force=True)
-    if is_first():
-        (path / "config.json").write_text(json.dumps(model.config.to_json(str(model.dtype)), indent=2) + "\n")
+
+
+def _begin(path: Path, model: Qwen) -> None:
+    """Clears an older checkpoint away and writes config.json; the other processes wait for it inside orbax's save."""
+    config, partial = path / "config.json", path / "config.json.partial"
+    config.unlink(missing_ok=True)
+    if (path / ARRAYS).exists():
+        shutil.rmtree(path / ARRAYS)
+    path.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(model.config.to_json(str(model.dtype)), indent=2) + "\n")
+    os.replace(partial, config)
 
 
 def load_checkpoint(
@@ -47,13 +66,23 @@ def load_checkpoint(
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
     with _told(path), ocp.StandardCheckpointer(restore_concurrent_gb=READ_AT_ONCE_GB) as checkpointer:
         restored = checkpointer.restore(path / ARRAYS, nnx.to_pure_dict(state))
+    if mesh is None:
+        restored = _uncommitted(restored)
     nnx.replace_by_pure_dict(state, restored)
     return nnx.merge(graph, state)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Says whether a folder is one that `save_checkpoint` wrote."""
-    return (path / ARRAYS).is_dir()
+    """Says whether a folder is one that `save_checkpoint` wrote, to its end."""
+    return (path / "config.json").is_file() and (path / ARRAYS).is_dir()  # orbax commits the arrays by their name
+
+
+def _uncommitted(arrays: Any) -> Any:
+    """Frees arrays of their device, to be used beside those of any mesh, as what `load_model` reads; one at a time."""
+    leaves, structure = jax.tree.flatten(arrays)
+    del arrays
+    leaves.reverse()
+    return jax.tree.unflatten(structure, [jnp.array(np.asarray(leaves.pop())) for _ in range(len(leaves))])
 
 
 def abstract_checkpoint(
@@ -85,8 +114,8 @@ def _told(path: Path) -> Iterator[None]:
     """Turns what orbax says of unreadable files, in exceptions of many kinds, into one sentence."""
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # of the devices
+    except (jax.errors.JaxRuntimeError, MemoryError):  # of the devices and the host
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path / ARRAYS}: found no readable checkpoint ({reason}), expected a whole one") from None
+        found = f"no readable checkpoint ({first_line(error)})"
+        raise InputError(f"{path / ARRAYS}: found {found}, expected a whole one") from None

@@ -7,13 +7,14 @@ used, and the vocabulary once more.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopd.errors import InputError
@@ -37,17 +38,25 @@ def device_mesh(devices: int | Sequence[Any] | None = None, *, model: int = 1) -
 
 
 def abstract_model(
-    config: QwenConfig, dtype: str, mesh: Mesh | None = None, *, fsdp: bool = False
+    config: QwenConfig, dtype: str, mesh: Mesh | AbstractMesh | None = None, *, fsdp: bool = False
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Gives a model as its graph and the shape, dtype and, on a mesh, sharding of each parameter; no arrays."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0))))
+    graph, state = _shapes(config, dtype)
     if mesh is None:
-        return graph, state
+        return graph, jax.tree.map(lambda x: x, state)
     shardings = parameter_shardings(state, config, mesh, fsdp=fsdp)
     return graph, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def parameter_shardings(state: nnx.State, config: QwenConfig, mesh: Mesh, *, fsdp: bool = False) -> nnx.State:
+@cache
+def _shapes(config: QwenConfig, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
+    """Traces the making of a model: seconds where it has many layers."""
+    return nnx.split(nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0))))
+
+
+def parameter_shardings(
+    state: nnx.State, config: QwenConfig, mesh: Mesh | AbstractMesh, *, fsdp: bool = False
+) -> nnx.State:
     """Gives each parameter of a (possibly abstract) model its sharding; with one device a model, a copy on each.
 
     Matrices are [out, in]. An axis of the mesh that does not divide what it would split (whole heads, vocabulary, FFN
@@ -60,7 +69,7 @@ def parameter_shardings(state: nnx.State, config: QwenConfig, mesh: Mesh, *, fsd
     return nnx.from_flat_state(flat)
 
 
-def _partition(path: tuple, shape: tuple[int, ...], config: QwenConfig, mesh: Mesh, fsdp: bool) -> P:
+def _partition(path: tuple, shape: tuple[int, ...], config: QwenConfig, mesh: Mesh | AbstractMesh, fsdp: bool) -> P:
     """Splits the out axis of some matrices over "model", the in axis of the others, and the other axis over "data"."""
     name = next((str(part) for part in path if part in SPLIT_OUTPUTS + SPLIT_INPUTS), None)
     if name is None:
@@ -101,3 +110,17 @@ def held_bytes(tree: nnx.Module | nnx.State) -> int:
     """Counts the bytes that arrays take on all devices together, copies included."""
     leaves = [(leaf.sharding, leaf) for leaf in jax.tree.leaves(tree)]
     return sum(at.num_devices * math.prod(at.shard_shape(x.shape)) * x.dtype.itemsize for at, x in leaves)
+
+
+def gathered_bytes(tree: nnx.Module | nnx.State) -> int:
+    """Counts the bytes that matrices split over "data" take on all devices together once they are gathered along it.
+
+    Tables are not among them: rows are looked up where they lie, and hidden states go to where the head is.
+    """
+    split = [x for x in jax.tree.leaves(tree) if "data" in x.sharding.spec]
+    return held_bytes(split) * split[0].sharding.mesh.shape["data"] if split else 0
+
+
+def part_of(count: int, devices: int) -> int:
+    """Gives how many of `count` heads or columns each device has: an equal part, all where they do not divide."""
+    return count if count % devices else count // devices

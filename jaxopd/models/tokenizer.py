@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from jaxopd.confined import Confined
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, first_line
 from jaxopd.models.config import LARGEST_VOCABULARY, QwenConfig
 from jaxopd.models.weights import resolve
 
@@ -22,7 +22,7 @@ def load_tokenizer(path: str | Path) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # transformers raises OSError, ValueError, KeyError; a panic in Rust is no Exception
-        reason = _reason(error)
+        reason = first_line(error)
         raise InputError(f"{folder}: found no readable tokenizer ({reason}), expected tokenizer.json") from None
     if largest >= LARGEST_VOCABULARY:
         raise InputError(f"{folder}: found token id {largest}, expected ids under {LARGEST_VOCABULARY}")
@@ -50,7 +50,7 @@ def chat_tokens(tokenizer: Any, message: str, *, thinking: bool | None = None) -
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # as in `load_tokenizer`
-        found = f"a message of {len(message)} characters that it cannot read ({_reason(error)})"
+        found = f"a message of {len(message)} characters that it cannot read ({first_line(error)})"
         raise InputError(f"{tokenizer.name_or_path}: found {found}, expected text") from None
 
 
@@ -58,7 +58,7 @@ def _filled_template(tokenizer: Any, message: str, options: dict[str, bool]) -> 
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
-        filled = {"error": _reason(error)}
+        filled = {"error": first_line(error)}
     else:
         variables = tokenizer.special_tokens_map | options
         messages = [{"role": "user", "content": message}]
@@ -70,10 +70,6 @@ def _filled_template(tokenizer: Any, message: str, options: dict[str, bool]) -> 
             "expected one with the tokenizer"
         )
     return filled["text"]
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def stop_token_ids(tokenizer: Any, config: QwenConfig) -> tuple[int, ...]:

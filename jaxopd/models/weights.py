@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, first_line
 from jaxopd.models.checkpoints import DTYPES, abstract_checkpoint, is_checkpoint, load_checkpoint
 from jaxopd.models.config import QwenConfig, read_json, shown
 from jaxopd.models.qwen import Qwen
@@ -101,8 +101,7 @@ def resolve(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: found no such folder and the hub gave none ({reason})") from None
+        raise InputError(f"{path}: found no such folder and the hub gave none ({first_line(error)})") from None
 
 
 def _plan(

@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxopd.diagnose.config import RESPONSES, DiagnoseConfig
 from jaxopd.models.config import QwenConfig
-from jaxopd.models.sharding import held_bytes
+from jaxopd.models.sharding import abstract_model, gathered_bytes, held_bytes
 from jaxopd.plan.hardware import Hardware, ImaginedMesh
-from jaxopd.plan.roofline import Stage, decoding, reading, split_model, weight_bytes
+from jaxopd.plan.roofline import Stage, decoding, reading
 from jaxopd.responses import TOKENS_AT_ONCE
 from jaxopd.rollouts.plan import USABLE, MemoryPlan, plan_memory
-from jaxopd.train.plan import scoring_bytes
+from jaxopd.train.plan import Reader, gathered_to_read, scoring_bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class DiagnosisWork:
     """Devices that share one copy of a teacher, or of the larger model."""
     fsdp: bool = DiagnoseConfig.fsdp
     """Split over the other devices what is left of these models' matrices."""
+    split_student: bool = DiagnoseConfig.split_student
+    """Split the student as the teachers are; by default each device holds a copy."""
 
     @property
     def all_paths(self) -> int:
@@ -123,24 +126,48 @@ def _memory(
     hardware: Hardware,
     devices: int,
 ) -> dict[str, dict[str, float]]:
-    own = weight_bytes(student, work.dtype)
     trunk = work.prompt_tokens + work.max_tokens
-    engine = rollout_memory(student, work, hardware, devices, work.all_paths, trunk)
-    phases = {"targeted rollouts": parts_of_each(engine, devices)}
+    own = held_bytes(_placed(student, work, hardware, devices, work.split_student)) / devices
+    engine, copied = _decoding_memory(student, work, hardware, devices, work.all_paths, trunk, work.split_student)
+    own += engine.weights / devices * bool(copied)  # the engine stays, with its copies
+    phases = {"targeted rollouts": copied | parts_of_each(engine, devices)}
     if large is not None:
-        theirs = rollout_memory(large, work, hardware, devices, 1, work.prompt_tokens, also=own, split=True)
-        phases["demonstrations, large"] = {"student": own} | parts_of_each(theirs, devices)
+        theirs, copied = _decoding_memory(large, work, hardware, devices, 1, work.prompt_tokens, True, also=own)
+        phases["demonstrations, large"] = {"student": own} | copied | parts_of_each(theirs, devices)
     width = work.context_tokens * bool(work.self_teachers) + trunk
-    rows = max(1, min(-(-work.all_paths * work.model_parallel // devices), TOKENS_AT_ONCE // width))
+
+    def reader(config: QwenConfig, state: nnx.State, split: bool) -> Reader:
+        shards = work.model_parallel if split else 1
+        rows = max(1, min(-(-work.all_paths * shards // devices), TOKENS_AT_ONCE // width))
+        return Reader(config, rows * devices // shards, width, shards, gathered_to_read(config, state))
+
     for name, config in teachers.items() or {"self-teacher": student}.items():
-        pair = [(student, width), (config, width)]
-        vocabulary = student.vocab_size + config.vocab_size
-        workspace = scoring_bytes(pair, vocabulary, rows, work.max_tokens, 1)
-        mesh = ImaginedMesh(devices, hardware.kind, work.model_parallel)
-        share = split_model(config, work.dtype, mesh, fsdp=work.fsdp)[1]
-        weights = held_bytes(share) / devices if teachers else 0
+        split = bool(teachers) or work.split_student
+        state = _placed(config, work, hardware, devices, split)
+        both = [reader(student, _placed(student, work, hardware, devices, work.split_student), work.split_student)]
+        both.append(reader(config, state, split))
+        workspace = scoring_bytes(both, student.vocab_size + config.vocab_size, work.max_tokens, devices) / devices
+        weights = held_bytes(state) / devices if teachers else 0
         phases[f"scoring, {name}"] = {"student": own, "teacher": weights, "workspace": workspace}
     return phases
+
+
+def _placed(config: QwenConfig, work: DiagnosisWork, hardware: Hardware, devices: int, split: bool) -> nnx.State:
+    """Gives a model as `Session.model` places it, without arrays."""
+    mesh = ImaginedMesh(devices, hardware.kind, work.model_parallel if split else 1)
+    return abstract_model(config, work.dtype, mesh.abstract, fsdp=work.fsdp and split)[1]
+
+
+def _decoding_memory(
+    config: QwenConfig, work: DiagnosisWork, hardware: Hardware, devices: int, trunks: int, trunk_length: int,
+    split: bool, also: float = 0.0,
+) -> tuple[MemoryPlan, dict[str, float]]:  # fmt: skip
+    """Gives the engine's plan, and the shards on each device from which it decodes a copy, where it makes one."""
+    shards = {}
+    if split and work.fsdp and work.model_parallel == 1 < devices:
+        shards = {"shards": held_bytes(_placed(config, work, hardware, devices, True)) / devices}
+    also += sum(shards.values())
+    return rollout_memory(config, work, hardware, devices, trunks, trunk_length, also, split), shards
 
 
 def rollout_memory(
@@ -157,19 +184,19 @@ def rollout_memory(
 
     also: bytes others hold on each. split: whether the model is one that `model_parallel` devices share.
     """
-    model = work.model_parallel if split else 1
-    mesh = ImaginedMesh(devices, hardware.kind, model)
+    shared = split and work.model_parallel > 1  # an engine makes copies of a model that is not split over "model"
+    state = _placed(config, work, hardware, devices, shared)
     return plan_memory(
         config,
         jnp.dtype(work.dtype),
-        # An engine makes copies of a model that is not split over "model".
-        weights=held_bytes(split_model(config, work.dtype, mesh, fsdp=work.fsdp and model > 1)[1]),
+        weights=held_bytes(state),
+        gathered=gathered_bytes(state),
         trunks=trunks,
         trunk_length=trunk_length,
         most=work.slots,
         max_tokens=work.max_tokens,
         slots=work.slots,
-        mesh=mesh,
+        mesh=ImaginedMesh(devices, hardware.kind, work.model_parallel if shared else 1),
         budget=int(devices * (USABLE * hardware.memory - also)),
     )
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 from jaxopd_kernels import product
 from jaxopd_kernels.choice import DEVICES
 
@@ -61,6 +62,7 @@ class ImaginedMesh:
             raise InputError(f"--model-parallel: found {model}, expected a divisor of --devices, {size}")
         self.size, self.shape = size, {"data": size // model, "model": model}
         self.devices = np.array([SimpleNamespace(device_kind=kind)] * size)
+        self.abstract = AbstractMesh(tuple(self.shape.values()), tuple(self.shape))  # as shardings ask for one
 
 
 def find_hardware(name: str, config: QwenConfig, dtype: str, slots: int) -> Hardware:

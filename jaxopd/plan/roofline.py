@@ -2,19 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.sharding import AbstractMesh
 
 from jaxopd.models.config import QwenConfig
-from jaxopd.models.qwen import Qwen
-from jaxopd.models.sharding import parameter_shardings
-from jaxopd.plan.hardware import Hardware, ImaginedMesh
+from jaxopd.models.sharding import abstract_model
+from jaxopd.plan.hardware import Hardware
 from jaxopd.rollouts.plan import cached_token
 from jaxopd.rollouts.suffix import ring_width
 
@@ -102,20 +96,6 @@ def reading(
     return stage(name, tokens, work, hardware, times=1 / devices, flops=hardware.flops)
 
 
-@cache
-def abstract_model(config: QwenConfig, dtype: str) -> tuple[Any, Any]:
-    """Makes a model without memory: its graph, and a state whose arrays have shape and bytes and hold nothing."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Qwen(config, jnp.dtype(dtype), nnx.Rngs(0))))
-    return graph, jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), state)
-
-
 def weight_bytes(config: QwenConfig, dtype: str) -> int:
     """Counts the bytes of a model's parameters."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(abstract_model(config, dtype)[1]))
-
-
-def split_model(config: QwenConfig, dtype: str, mesh: ImaginedMesh, *, fsdp: bool) -> tuple[Any, Any]:
-    """Makes a model without memory whose arrays lie split over imagined devices."""
-    graph, state = abstract_model(config, dtype)
-    places = parameter_shardings(state, config, AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.shape)), fsdp=fsdp)
-    return graph, jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_model(config, dtype)[1]))

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import jax
 
 from jaxopd.models.config import QwenConfig
+from jaxopd.models.sharding import abstract_model
 from jaxopd.plan.diagnosis import Plan, parts_of_each
 from jaxopd.plan.hardware import Hardware, ImaginedMesh
-from jaxopd.plan.roofline import Operation, abstract_model, decoding, reading, split_model, stage
+from jaxopd.plan.roofline import Operation, decoding, reading, stage
 from jaxopd.rollouts.plan import USABLE
 from jaxopd.tasks.contexts import TeacherSpec
 from jaxopd.train.batch import prompt_width
@@ -94,7 +95,7 @@ def training_memory(
         teachers=[
             SimpleNamespace(spec=TeacherSpec(name), graph=graph, state=state, prompts=prompts, width=width, split=split)
             for name, model in teachers.items()
-            for graph, state in [split_model(model, work.dtype, mesh, fsdp=work.fsdp)]
+            for graph, state in [abstract_model(model, work.dtype, mesh.abstract, fsdp=work.fsdp)]
         ],
     )  # fmt: skip
     return plan_training(config, setup, int(devices * USABLE * hardware.memory))

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from jaxopd.distributed import place, several, stop_if_preempted
 from jaxopd.errors import InputError
 from jaxopd.models.qwen import Qwen
-from jaxopd.models.sharding import device_mesh, held_bytes, split_mesh
+from jaxopd.models.sharding import device_mesh, gathered_bytes, held_bytes, split_mesh
 from jaxopd.rollouts.layout import Layout, split_heads
 from jaxopd.rollouts.plan import MemoryPlan, plan_memory
 from jaxopd.rollouts.sampling import Sampling
@@ -47,7 +47,8 @@ class Engine:
     """Runs requests on `model` with up to `slots` sequences in flight, spread over the devices of `mesh`.
 
     Each device gets a copy of the model. Where no mesh is given, those are all devices; but a model that is split over
-    an axis "model" of its own mesh decodes there, with slots over "data", and stays as it lies.
+    an axis "model" of its own mesh decodes there, with slots over "data", and stays as it lies. Matrices that are split
+    over "data" too are gathered by XLA once for all steps of a program, of every layer, which the memory plan counts.
 
     A memory plan made before each run says how many of the slots are used; it is logged. Where the device runs out of
     memory all the same, the requests not yet answered start again with half the slots and give the same tokens.
@@ -71,7 +72,7 @@ class Engine:
         split = split_mesh(state) if mesh is None else None
         self.mesh = split or device_mesh(None if mesh is None else mesh.devices.flatten())
         self.state = state if split else place(state, NamedSharding(self.mesh, PartitionSpec()))
-        self.weights = held_bytes(self.state)
+        self.weights, self.gathered = held_bytes(self.state), gathered_bytes(self.state)
 
     def run(self, trunks: Sequence[Sequence[int] | np.ndarray], requests: Requests, sampling: Sampling) -> Rollouts:
         """Answers every request. Raises InputError on a trunk, cut or token outside the model's range."""
@@ -112,6 +113,7 @@ class Engine:
             self.config,
             self.dtype,
             weights=self.weights,
+            gathered=self.gathered,
             trunks=len(served),
             trunk_length=max(len(trunks[t]) for t in served),
             most=int(sizes.max()),

@@ -1,13 +1,14 @@
 """The memory plan of a run: what it will hold, computed before anything is allocated, and the slots that fit."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from jaxopd.distributed import decided
 from jaxopd.models.config import QwenConfig
+from jaxopd.models.sharding import part_of
 from jaxopd.rollouts.decode import decode_bytes, prefill_block, prefill_bytes
 from jaxopd.rollouts.layout import Layout, split_heads
 from jaxopd.rollouts.suffix import ring_width
@@ -55,6 +56,7 @@ def plan_memory(
     max_tokens: int,
     slots: int,
     mesh: jax.sharding.Mesh,
+    gathered: int = 0,
     attention: str | None = None,
     budget: int | None = None,
 ) -> MemoryPlan:
@@ -64,7 +66,8 @@ def plan_memory(
 
         trunks     N L c, twice where another wave follows (its prefill starts before this one ends)
         suffix     S max(W, HELD max_tokens) c
-        workspace  the larger of `decode_bytes` and `prefill_bytes`: a device runs one program at a time
+        workspace  the larger of `decode_bytes` and `prefill_bytes`: a device runs one program at a time; and what is
+                   `gathered` of matrices split over "data", by XLA once for all steps of a program, of every layer
 
     One trunk lies, and is computed, on every device along "data"; what "model" does not split, on every one along it.
     Slots are halved from `slots` until the total fits `budget` (default: `device_budget`), or one a row of devices is
@@ -72,20 +75,35 @@ def plan_memory(
     """
     budget = device_budget(mesh, weights) if budget is None else budget
     rows, heads = mesh.shape["data"], split_heads(config, mesh)
-    repeated = 1 if heads else mesh.shape["model"]
-    token = repeated * cached_token(config, jnp.dtype(dtype).itemsize)
+    spread = over_devices(config, mesh.shape["model"])
+    token = cached_token(spread, jnp.dtype(dtype).itemsize)
     L = trunk_bucket(trunk_length)
     while True:
         N, B = groups_of_slots(trunks, most, slots, rows)
         S, waves, copies = N * B, 2 if trunks > N else 1, rows if N == 1 else 1
-        prefill = copies * prefill_bytes(config, N, prefill_block(config, N, L))
+        prefill = copies * prefill_bytes(spread, N, prefill_block(config, N, L))
         by_kernel = Layout(N, B, mesh, attention, heads).implementation(dtype, L, config.head_dim) != "xla"
-        workspace = repeated * max(prefill, decode_bytes(config, S, 0 if by_kernel else L))
+        workspace = gathered + max(prefill, decode_bytes(spread, S, 0 if by_kernel else L))
         suffix = S * max(ring_width(max_tokens), int(HELD * max_tokens)) * token
         plan = MemoryPlan(N, B, weights, copies * waves * N * L * token, suffix, workspace, budget)
         if plan.total <= budget or slots <= rows:
             return plan
         slots = max(rows, slots // 2)
+
+
+def over_devices(config: QwenConfig, devices: int) -> QwenConfig:
+    """Gives the heads, vocabulary and FFN that devices along "model" have together: what they do not divide, each has.
+
+    Query heads lie in the cache's split, as `split_heads` does it.
+    """
+    heads = devices * part_of(config.num_kv_heads, devices) // config.num_kv_heads
+    return replace(
+        config,
+        num_heads=heads * config.num_heads,
+        num_kv_heads=heads * config.num_kv_heads,
+        vocab_size=devices * part_of(config.vocab_size, devices),
+        intermediate_size=devices * part_of(config.intermediate_size, devices),
+    )
 
 
 def cached_token(config: QwenConfig, itemsize: int) -> int:

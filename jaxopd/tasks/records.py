@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxopd.confined import Confined
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, first_line
 
 MISSING = object()
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -128,8 +128,7 @@ def _parquet_rows(path: Path) -> list[Row]:
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: found no readable parquet table ({reason})") from None
+        raise InputError(f"{path}: found no readable parquet table ({first_line(error)})") from None
     return [_row(path, place, value, "row") for place, value in enumerate(values, start=1)]
 
 

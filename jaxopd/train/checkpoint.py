@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, first_line
 
 
 class Checkpoints:
@@ -32,6 +32,13 @@ class Checkpoints:
         """The step of the newest checkpoint, or None."""
         return self.manager.latest_step()
 
+    def check_unchanged(self) -> None:
+        """Raises InputError where another job saved since this one looked."""
+        stored = max((int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()), default=None)
+        if stored != self.latest:
+            found, expected = (f"{step} as the newest step" for step in (stored, self.latest))
+            raise InputError(f"{self.folder}: found {found}, expected {expected}, which this job began with")
+
     def save(self, step: int, arrays: Any, facts: dict[str, Any]) -> None:
         """Saves a tree of arrays and JSON facts under a step."""
         arguments = ocp.args.Composite(arrays=ocp.args.StandardSave(_named(arrays)), facts=ocp.args.JsonSave(facts))
@@ -45,9 +52,8 @@ class Checkpoints:
         try:
             found = self.manager.restore(step, args=arguments)
         except (ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
             where = self.folder / str(step)
-            raise InputError(f"{where}: found another state ({reason}), expected this run's") from None
+            raise InputError(f"{where}: found another state ({first_line(error)}), expected this run's") from None
         return jax.tree.unflatten(jax.tree.structure(like), [found.arrays[name] for name in named]), dict(found.facts)
 
     def close(self) -> None:

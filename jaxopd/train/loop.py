@@ -79,17 +79,17 @@ class Trainer:
         if self.table is not None:  # the folder's name does not say what it holds
             identity["alignment_weights"] = self.table.weight.tolist()
         self.claims = Claims(RunFolder.create(str(out), json.loads(json.dumps(identity))))
-        self.claims.take_alone(WHOLE)
         self.log = MetricsLog(out, config.log_to, identity)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep)
-        # Copies: an update gives its arguments' memory away. The initial model lives on only where it is a teacher.
-        self.params = spread(jax.tree.map(jnp.copy, self.setup.initial), self.mesh)
-        del self.setup.initial
-        self.opt_state = spread(self.transform.init(self.params), self.mesh)
-        self.step, self.monitor = 0, Monitor()
-        if self.checkpoints.latest is not None:
-            self._restore()
-        self.log.resume(self.step)
+        with self.claims.alone(WHOLE):  # what a killed job left half written is cleared away
+            self.checkpoints = Checkpoints(self.out / "checkpoints", config.keep)
+            # Copies: an update gives its arguments' memory away. The initial model lives on only where it is a teacher.
+            self.params = spread(jax.tree.map(jnp.copy, self.setup.initial), self.mesh)
+            del self.setup.initial
+            self.opt_state = spread(self.transform.init(self.params), self.mesh)
+            self.step, self.monitor = 0, Monitor()
+            if self.checkpoints.latest is not None:
+                self._restore()
+            self.log.resume(self.step)
 
     @property
     def student(self) -> Qwen:
@@ -99,8 +99,9 @@ class Trainer:
     def run(self) -> Qwen:
         """Trains to the configured step and saves the student as a Hugging Face folder in OUT/student."""
         self.report(str(self.plan))
-        self.claims.take_alone(WHOLE)  # again, for restoring may have taken longer than a claim holds
-        with self.claims.working(WHOLE):
+        with self.claims.alone(WHOLE):
+            decided(self.checkpoints.check_unchanged)  # nobody held the run since it was restored
+            self.log.resume(self.step)
             try:
                 while self.step < self.config.steps:
                     stop_if_preempted()
@@ -110,6 +111,7 @@ class Trainer:
                 raise
             self._close()
             student = self.student
+            self.claims.confirm(WHOLE)
             decided(lambda: save_model(student, self.out / "student", tokenizer=self.setup.tokenizer))
         return student
 
@@ -134,6 +136,7 @@ class Trainer:
         for warning in self.monitor.warnings(found):
             found.setdefault("warnings", []).append(warning)
             self.report(f"step {step}: warning: {warning}")
+        self.claims.confirm(WHOLE)
         self.log.write(step, found)
         self.log.time(step, seconds)
         self._show(step, batch, found, sum(seconds.values()))
@@ -215,6 +218,7 @@ class Trainer:
         self.checkpoints.close()
 
     def _save(self) -> None:
+        self.claims.confirm(WHOLE)
         facts = {"step": self.step, "first": self.monitor.first, "questions_seen": self.step * self.config.batch}
         self.checkpoints.save(self.step, (self.params, self.opt_state), facts)
 

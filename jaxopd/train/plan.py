@@ -10,11 +10,11 @@ from jaxopd_kernels.xla import CHUNK_BYTES_CPU
 
 from jaxopd.models import QwenConfig
 from jaxopd.models.attention import BLOCK
-from jaxopd.models.sharding import held_bytes
-from jaxopd.rollouts.plan import MemoryPlan, device_budget, plan_memory
+from jaxopd.models.sharding import gathered_bytes, held_bytes, part_of
+from jaxopd.rollouts.plan import MemoryPlan, device_budget, over_devices, plan_memory
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.objectives import make_objective
-from jaxopd.train.setup import Setup
+from jaxopd.train.setup import Setup, Teacher
 from jaxopd.train.vocabulary import WAVE_BYTES
 
 FLOAT = 4  # bytes of a float32
@@ -34,7 +34,8 @@ class TrainingPlan:
     activations         of a micro-batch, kept for the backward pass, and the layer being differentiated
     head                the vocabulary's part of the loss: a wave of logits, the gradients of head and hidden states,
                         and on each device the head of a teacher that is split over them
-    scoring             both models' forward pass, a layer at a time, and a chunk of logits
+    scoring             both models' forward pass, a layer at a time, a chunk of logits, and what is gathered
+                        of a teacher
     """
 
     masters: int
@@ -84,6 +85,17 @@ class TrainingPlan:
         )
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads `rows` of `width` positions in one pass, each copy split over `shards` devices."""
+
+    config: QwenConfig
+    rows: int
+    width: int
+    shards: int = 1
+    gathered: int = 0  # bytes on all devices, of what is split over "data" besides
+
+
 def plan_training(config: TrainConfig, setup: Setup, budget: int | None = None) -> TrainingPlan:
     """Plans a step of micro-batches of b rows and W positions, S of them in the response, over n devices.
 
@@ -101,14 +113,13 @@ def plan_training(config: TrainConfig, setup: Setup, budget: int | None = None) 
     student, e = setup.model_config, jnp.dtype(config.dtype).itemsize
     P = sum(leaf.size for leaf in jax.tree.leaves(setup.initial))
     full = make_objective(config.objective).reach == "full"
-    others = [(nnx.merge(t.graph, t.state).config, t.width + S) for t in setup.teachers if t.state is not None]
+    readers = [Reader(student, b, W), *(_reader(t, b, S, setup.mesh) for t in setup.teachers if t.state is not None)]
     frozen = sum(held_bytes(t.state) for t in setup.teachers) + n * FLOAT * P * (config.objective.reward_scale != 1)
     split = [nnx.merge(t.graph, t.state).config for t in setup.teachers if t.split]
-    gathered = max((head.vocab_size * head.hidden_size * e for head in split), default=0) * full
+    head = max((config.vocab_size * config.hidden_size * e for config in split), default=0) * full
     weights = n * P * (e * (e < FLOAT) + FLOAT * (n > 1))
-    heads = [student, *(other for other, _ in others)]
-    width = max(head.hidden_size for head in heads)
-    vocabulary = student.vocab_size + max(head.vocab_size for head in heads)
+    width = max(r.config.hidden_size for r in readers)
+    vocabulary = student.vocab_size + max(r.config.vocab_size for r in readers)
     budget = device_budget(setup.mesh) if budget is None else budget
     return TrainingPlan(
         masters=FLOAT * P,
@@ -119,8 +130,8 @@ def plan_training(config: TrainConfig, setup: Setup, budget: int | None = None) 
         gradients=2 * n * FLOAT * P,
         activations=activation_bytes(student, b, W, e, recomputes(config.remat)),
         activations_with_remat=activation_bytes(student, b, W, e, True),
-        head=n * (gathered + head_bytes(student, vocabulary, b * S // n, full)),
-        scoring=scoring_bytes([(student, W), *others], vocabulary, b, S, n),
+        head=n * (head + head_bytes(student, vocabulary, b * S // n, full)),
+        scoring=scoring_bytes(readers, vocabulary, S, n),
         rollout=plan_memory(
             student,
             jnp.dtype(config.dtype),
@@ -135,6 +146,12 @@ def plan_training(config: TrainConfig, setup: Setup, budget: int | None = None) 
         ),
         budget=budget,
     )
+
+
+def _reader(teacher: Teacher, rows: int, length: int, mesh: jax.sharding.Mesh) -> Reader:
+    config, split = nnx.merge(teacher.graph, teacher.state).config, teacher.split
+    gathered = gathered_to_read(config, teacher.state) if split else 0
+    return Reader(config, rows, teacher.width + length, mesh.shape["model"] if split else 1, gathered)
 
 
 def recomputes(remat: bool) -> bool:
@@ -178,9 +195,22 @@ def head_bytes(config: QwenConfig, vocabulary: int, rows: int, full: bool) -> in
     return logits + FLOAT * config.hidden_size * (config.vocab_size + 3 * rows)
 
 
-def scoring_bytes(models: list[tuple[QwenConfig, int]], vocabulary: int, rows: int, length: int, devices: int) -> int:
-    """Counts the largest layer's workspace, two copies of every model's hidden states, and chunks of logits."""
-    layers = max(layer_workspace(config, rows, width) for config, width in models)
-    hidden = sum(2 * FLOAT * rows * width * config.hidden_size for config, width in models)
-    chunk = min(devices * CHUNK_BYTES_CPU, FLOAT * vocabulary * rows * length)
-    return layers + hidden + SCORING_COPIES * chunk
+def gathered_to_read(config: QwenConfig, state: nnx.State) -> int:
+    """Counts what all devices gather of a model split over "data", at a time: a layer's matrices, then the head."""
+    leaf = jax.tree.leaves(state)[0]
+    if not (matrices := gathered_bytes(state)):
+        return 0
+    mesh = leaf.sharding.mesh
+    head = mesh.size * part_of(config.vocab_size, mesh.shape["model"]) * config.hidden_size * leaf.dtype.itemsize
+    return max(matrices // config.num_layers, head)
+
+
+def scoring_bytes(readers: list[Reader], vocabulary: int, length: int, devices: int) -> int:
+    """Counts the largest layer's workspace, two copies of every model's hidden states, and chunks of logits.
+
+    Heads and FFN are split over a model's shards, hidden states are not: rows lie over the other devices alone.
+    """
+    layers = max(layer_workspace(over_devices(r.config, r.shards), r.rows, r.width) for r in readers)
+    hidden = sum(2 * FLOAT * r.rows * r.shards * r.width * r.config.hidden_size for r in readers)
+    chunk = min(devices * CHUNK_BYTES_CPU, FLOAT * vocabulary * max(r.rows for r in readers) * length)
+    return layers + hidden + sum(r.gathered for r in readers) + SCORING_COPIES * chunk

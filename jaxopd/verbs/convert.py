@@ -1,11 +1,14 @@
 """jaxopd convert."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
+import tyro
 from rich.console import Console
 
+from jaxopd.distributed import Hosts, decided
 from jaxopd.errors import InputError
 from jaxopd.models import load_model, save_checkpoint
 from jaxopd.models.sharding import device_mesh
@@ -25,13 +28,24 @@ class Convert:
     """New folder; it serves wherever a model's folder is asked for."""
     dtype: str = "bfloat16"
     """Of the parameters as they are kept: float32 or bfloat16."""
+    hosts: tyro.conf.OmitArgPrefixes[Hosts] = dataclasses.field(default_factory=Hosts)
 
     def run(self, console: Console) -> None:
-        source, out = resolve(self.model), Path(self.out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out}: found something there, expected a new folder")
-        save_checkpoint(load_model(source, dtype=self.dtype, mesh=device_mesh(), fsdp=True), out)
-        for file in {file for pattern in BESIDE for file in source.glob(pattern)}:
-            if file.name not in REPLACED:
-                shutil.copyfile(file, out / file.name)
+        source, out = resolve(self.model), Path(self.out).absolute()
+        partial = out.with_name(f"{out.name}.converting")
+        decided(lambda: _begin(source, out, partial))
+        save_checkpoint(load_model(source, dtype=self.dtype, mesh=device_mesh(), fsdp=True), partial)
+        decided(lambda: os.replace(partial, out))
         console.print(f"checkpoint: {out}")
+
+
+def _begin(source: Path, out: Path, partial: Path) -> None:
+    """Makes the folder that becomes `out` when it is whole, anew where an earlier conversion was killed."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: found something there, expected a new folder")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    for file in {file for pattern in BESIDE for file in source.glob(pattern)}:
+        if file.name not in REPLACED:
+            shutil.copyfile(file, partial / file.name)
