@@ -1,9 +1,11 @@
 """Several processes give the tokens, records and parameters of one."""
 
+import functools
 import json
 import random
 import re
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,8 @@ TRAIN = (
     "--learning-rate 1e-5"
 ).split()
 SPLIT = ["--model-parallel", "4", "--fsdp"]  # the larger teacher lies across both processes
+COMMANDS = {"diagnose": DIAGNOSE, "train": TRAIN}
+COMMANDS |= {f"{name}, split": [*command, *SPLIT] for name, command in COMMANDS.items()}
 TABLES = ("questions", "paths", "nodes", "tokens", "cosines")
 
 
@@ -111,32 +115,36 @@ def test_a_single_process_decides_and_fetches_for_itself() -> None:
 
 
 @pytest.fixture(scope="module")
-def outs(tmp_path_factory) -> dict[tuple[str, int], Path]:
-    """The folders of a diagnosis and a training run with 1, 2 and 4 processes, and of both with a split teacher."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    commands = [(name, n, command) for name, command in (("diagnose", DIAGNOSE), ("train", TRAIN)) for n in (1, 2, 4)]
-    commands += [("diagnose, split", 2, [*DIAGNOSE, *SPLIT]), ("train, split", 2, [*TRAIN, *SPLIT])]
-    for name, processes, command in commands:
-        found[name, processes] = out = folder / f"{name}-{processes}"
-        with started(joined([*command, "--out", str(out)], processes)) as running:
+def outs(tmp_path_factory) -> Callable[[str, int], Path]:
+    """A function from a name of COMMANDS and a number of processes to the folder of such a run, made when asked for."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def made(name: str, processes: int) -> Path:
+        out = folder / f"{name}-{processes}"
+        with started(joined([*COMMANDS[name], "--out", str(out)], processes)) as running:
             ended = finish(running)
         assert [code for code, _, _ in ended] == [0] * processes, ended
         printed = [line for _, out, _ in ended[1:] for line in out.splitlines() if not line.startswith("[Gloo]")]
         assert not printed, "process 0 alone prints"
-    return found
+        return out
+
+    return made
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [("diagnose", 2), ("diagnose", 4), ("diagnose, split", 2)])
 @pytest.mark.parametrize("table", TABLES)
 def test_records_of_several_processes_are_those_of_one(outs, table, run) -> None:
-    alone, together = (pd.read_parquet(outs[key] / "records" / f"{table}.parquet") for key in (("diagnose", 1), run))
+    alone, together = (pd.read_parquet(outs(*key) / "records" / f"{table}.parquet") for key in (("diagnose", 1), run))
     assert len(alone) > 0
     floats = alone.select_dtypes("floating").columns
     pd.testing.assert_frame_equal(together.drop(columns=floats), alone.drop(columns=floats))
-    # A split teacher's sums are rounded otherwise, which the cosine of a gradient as small as 1e-3 magnifies.
-    cosines = floats[floats.str.startswith("align_")] if "split" in run[0] else []
-    np.testing.assert_allclose(together[cosines], alone[cosines], rtol=0, atol=2e-4)
+    cosines = floats[floats.str.startswith("align_")]
+    if len(cosines):  # a rounding of 1e-6 turns a gradient of norm n by 1e-6 / n
+        bound = 1e-5 + 1e-6 / np.minimum(alone["l2"], alone["ideal_norm"]).clip(lower=1e-30)
+        pd.testing.assert_frame_equal(together[cosines].isna(), alone[cosines].isna())
+        assert (together[cosines] - alone[cosines]).abs().max(axis=1).fillna(0).le(bound).all()
     rest = floats.difference(cosines)
     np.testing.assert_allclose(together[rest], alone[rest], rtol=1e-5, atol=1e-5)
 
@@ -145,7 +153,7 @@ def test_records_of_several_processes_are_those_of_one(outs, table, run) -> None
 @pytest.mark.parametrize("run", [("train", 2), ("train", 4), ("train, split", 2)])
 def test_parameters_of_several_processes_are_those_of_one(outs, run) -> None:
     """To a tenth of what the step changed, which is less than 1e-5."""
-    folders = MODELS / "S", outs["train", 1] / "student", outs[run] / "student"
+    folders = MODELS / "S", outs("train", 1) / "student", outs(*run) / "student"
     before, alone, together = (load_file(folder / "model.safetensors") for folder in folders)
     moved = {name: np.asarray(x, np.float32) - np.asarray(before[name], np.float32) for name, x in alone.items()}
     most = max(np.abs(change).max() for change in moved.values())
