@@ -133,7 +133,7 @@ def outs(tmp_path_factory) -> Callable[[str, int], Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [("diagnose", 2), ("diagnose", 4), ("diagnose, split", 2)])
+@pytest.mark.parametrize("run", [("diagnose", 2), ("diagnose", 4), ("diagnose, split", 2)], ids=str)
 @pytest.mark.parametrize("table", TABLES)
 def test_records_of_several_processes_are_those_of_one(outs, table, run) -> None:
     alone, together = (pd.read_parquet(outs(*key) / "records" / f"{table}.parquet") for key in (("diagnose", 1), run))
@@ -150,7 +150,7 @@ def test_records_of_several_processes_are_those_of_one(outs, table, run) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [("train", 2), ("train", 4), ("train, split", 2)])
+@pytest.mark.parametrize("run", [("train", 2), ("train", 4), ("train, split", 2)], ids=str)
 def test_parameters_of_several_processes_are_those_of_one(outs, run) -> None:
     """To a tenth of what the step changed, which is less than 1e-5."""
     folders = MODELS / "S", outs("train", 1) / "student", outs(*run) / "student"
