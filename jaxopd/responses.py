@@ -19,6 +19,7 @@ from jaxopd import scoring
 from jaxopd.distributed import fetch, place
 from jaxopd.errors import InputError
 from jaxopd.models import Qwen, forward
+from jaxopd.models.qwen import compiled_forward
 from jaxopd.types import bucket
 
 TOKENS_AT_ONCE = 16384  # of a forward pass on a device, padding included
@@ -33,7 +34,7 @@ def response_hidden(
     """
     start, S = len(prompt) - 1, responses.shape[1]
     parts = [
-        fetch(_hidden_states(model, tokens, mask))[:rows, start : start + S]
+        fetch(compiled_forward(model, tokens, mask))[:rows, start : start + S]
         for tokens, mask, rows in _batches(model, prompt, responses)
     ]
     return np.concatenate(parts)
@@ -58,11 +59,6 @@ def token_log_probs(
 ) -> Float[np.ndarray, "T K"]:
     """Gives the log-probs at `ids` from hidden states, -inf where the id is -1."""
     return np.asarray(scoring.score_tokens(model, hidden, ids).log_p)
-
-
-@nnx.jit
-def _hidden_states(model: Qwen, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
-    return forward(model, tokens, mask)
 
 
 @partial(nnx.jit, static_argnames=("span", "mesh"))

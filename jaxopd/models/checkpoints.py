@@ -43,13 +43,18 @@ def save_checkpoint(model: Qwen, path: str | Path) -> None:
 
 def _begin(path: Path, model: Qwen) -> None:
     """Clears an older checkpoint away and writes config.json; the other processes wait for it inside orbax's save."""
-    config, partial = path / "config.json", path / "config.json.partial"
-    config.unlink(missing_ok=True)
+    (path / "config.json").unlink(missing_ok=True)
     if (path / ARRAYS).exists():
         shutil.rmtree(path / ARRAYS)
     path.mkdir(parents=True, exist_ok=True)
+    write_config(model, path)
+
+
+def write_config(model: Qwen, folder: Path) -> None:
+    """Writes a model's config.json, whole or not at all."""
+    partial = folder / "config.json.partial"
     partial.write_text(json.dumps(model.config.to_json(str(model.dtype)), indent=2) + "\n")
-    os.replace(partial, config)
+    os.replace(partial, folder / "config.json")
 
 
 def load_checkpoint(

@@ -190,9 +190,7 @@ def forward(
     return model(tokens, positions_of(mask), lambda _, q, k, v: causal_attention(q, k, v, mask), remat)
 
 
-@nnx.jit
-def _hidden_states(model: Qwen, tokens: Array, mask: Array) -> Array:
-    return forward(model, tokens, mask)
+compiled_forward = nnx.jit(forward)
 
 
 @nnx.jit
@@ -205,7 +203,7 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Computes the hidden states after the final norm; `mask` is True at real tokens, padding on either side."""
     tokens, mask = _checked(model, tokens, mask)
-    return _hidden_states(model, tokens, mask)
+    return compiled_forward(model, tokens, mask)
 
 
 def logits(model: Qwen, token_ids: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:

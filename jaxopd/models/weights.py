@@ -1,6 +1,5 @@
 """Hugging Face folders <-> Qwen modules, on one device or spread over a mesh."""
 
-import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from jaxopd.errors import InputError, first_line
-from jaxopd.models.checkpoints import DTYPES, abstract_checkpoint, is_checkpoint, load_checkpoint
+from jaxopd.models.checkpoints import DTYPES, abstract_checkpoint, is_checkpoint, load_checkpoint, write_config
 from jaxopd.models.config import QwenConfig, read_json, shown
 from jaxopd.models.qwen import Qwen
 from jaxopd.models.sharding import abstract_model
@@ -77,7 +76,7 @@ def save_model(model: Qwen, path: str | Path, *, tokenizer: Any = None) -> None:
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(model.config.to_json(str(model.dtype)), indent=2) + "\n")
+    write_config(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
