@@ -24,6 +24,7 @@ from jaxopd.models import (
 )
 from jaxopd.models.attention import causal_attention, masked_attention, merge
 from jaxopd.models.config import Yarn
+from jaxopd.models.qwen import linear
 from jaxopd.models.weights import hf_name
 from jaxopd.rollouts import rollout
 
@@ -287,3 +288,17 @@ def test_end_tokens_come_from_the_generation_config(tmp_path):
     assert QwenConfig.from_json(tmp_path / "config.json").eos_token_ids == (3,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 7]}')
     assert QwenConfig.from_json(tmp_path / "config.json").eos_token_ids == (3, 7)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 32, 64, 65])
+def test_linear_of_any_number_of_rows(rows):
+    """A CPU takes another product for 16 to 64 rows; value and gradients must not tell which."""
+    rng = np.random.default_rng(rows)
+    x, weight, cotangent = (rng.normal(size=shape) for shape in ((rows, 96), (40, 96), (rows, 40)))
+    x16, weight16 = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16)
+    y, pullback = jax.vjp(lambda x, w: linear(x, w, jnp.dtype("float32")), x16, weight16)
+    x, weight = np.asarray(x16, np.float64), np.asarray(weight16, np.float64)
+    np.testing.assert_allclose(y, x @ weight.T, rtol=1e-5, atol=1e-5)
+    d_x, d_weight = pullback(jnp.asarray(cotangent, jnp.float32))
+    np.testing.assert_allclose(d_x, cotangent @ weight, rtol=2**-7, atol=0.05)
+    np.testing.assert_allclose(d_weight, cotangent.T @ x, rtol=2**-7, atol=0.05)

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxopd_kernels import product
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,6 +20,8 @@ from jaxopd.models.config import QwenConfig
 
 # (layer, q [B, T, H, h], k [B, T, K, h], v [B, T, K, h]) -> [B, T, H, h]
 Attend = Callable[[int, Array, Array, Array], Array]
+
+FEW_ROWS = range(16, 65)  # a decoding step's, of a product whose weight is worth leaving as it lies
 
 
 class Linear(nnx.Module):
@@ -36,7 +39,18 @@ class Linear(nnx.Module):
 def linear(x: Float[Array, "*B I"], weight: Float[Array, "O I"], out: jnp.dtype | None = None) -> Float[Array, "*B O"]:
     """Multiplies x by weight^T, accumulating in float32, and returns `out` (default: x's dtype)."""
     rows = x.reshape(-1, x.shape[-1])  # of a product of more than two dimensions XLA on a CPU copies the weight
-    return product("ni,oi->no", rows, weight).astype(out or x.dtype).reshape(*x.shape[:-1], -1)
+    plain = partial(product, "ni,oi->no")
+    if len(rows) in FEW_ROWS and x.dtype == weight.dtype == jnp.bfloat16:
+        y = lax.platform_dependent(rows, weight, cpu=_weight_first, default=plain)
+    else:
+        y = plain(rows, weight)
+    return y.astype(out or x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _weight_first(rows: Float[Array, "N I"], weight: Float[Array, "O I"]) -> Float[Array, "N O"]:
+    """Makes the rows the right operand, which XLA on a CPU rearranges in every product: 1.1 to 1.6 times as fast."""
+    # The barrier keeps XLA from folding the transposition back into the product.
+    return lax.optimization_barrier(product("oi,ni->on", weight, rows)).T
 
 
 class RMSNorm(nnx.Module):
@@ -48,7 +62,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
         weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
         return (x32.astype(x.dtype) * weight).astype(x.dtype)
 
@@ -109,7 +123,7 @@ def embedded(table: Float[Array, "V D"], tokens: Int[Array, "*B"]) -> Float[Arra
     """Gives each token's row; the gradient of a row is summed in float32."""
     # XLA on a CPU gathers from bfloat16 as from float32. Were the table alone invariant, a loop of decoding steps would
     # hold, and make anew each time it is entered, a float32 copy of it all.
-    table, tokens = jax.lax.optimization_barrier((table, tokens))
+    table, tokens = lax.optimization_barrier((table, tokens))
     return table[tokens]
 
 
@@ -160,17 +174,20 @@ class Qwen(nnx.Module):
 
 
 def rotary_tables(config: QwenConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """Gives cos and sin [B, T, 1, h/2] of position * frequency, in float32."""
+    """Gives [cos, cos] and [-sin, sin] of position * frequency, [B, T, 1, h] in float32."""
     frequencies, factor = config.inverse_frequencies()
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None]
-    return jnp.cos(angles)[:, :, None] * factor, jnp.sin(angles)[:, :, None] * factor
+    cos, sin = jnp.cos(angles)[:, :, None] * factor, jnp.sin(angles)[:, :, None] * factor
+    # As halves, XLA on a CPU would compute them again in every layer; it fuses nothing across a concatenation.
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
 def rotate(x: Float[Array, "B T H h"], rotary: tuple[Array, Array]) -> Float[Array, "B T H h"]:
     """Rotates the pairs (i, i + h/2) by the tables' angles."""
     cos, sin = rotary
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    a, b = jnp.split(x, 2, -1)
+    swapped = jnp.concatenate([b, a], -1)
+    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def init_model(config: QwenConfig, *, seed: int = 0, dtype: str = "float32") -> Qwen:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
-from jaxopd_kernels import product
 from jaxopd_kernels.choice import DEVICES
 
 from jaxopd.errors import InputError
 from jaxopd.models.config import QwenConfig
+from jaxopd.models.qwen import linear
 from jaxopd.rollouts.plan import free_memory
 
 
@@ -85,7 +85,7 @@ def measured(config: QwenConfig, dtype: str, slots: int, clock: Callable[[], flo
     D = config.hidden_size
     outputs = max(config.intermediate_size, MATRIX_BYTES // (D * jnp.dtype(dtype).itemsize))
     matrix = jax.random.normal(jax.random.key(0), (outputs, D), jnp.float32).astype(dtype)
-    multiplied = jax.jit(lambda x, matrix: product("ni,oi->no", x, matrix).astype(x.dtype))
+    multiplied = jax.jit(linear)
     softened = jax.jit(lambda x: jnp.exp(x - x.max(-1, keepdims=True)))  # reads them twice and writes once
 
     def rate(rows: int) -> float:

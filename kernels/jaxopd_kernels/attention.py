@@ -31,8 +31,8 @@ def cache_attention(
     q_BKRh = q.reshape(B, T, K, G, h).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, h)
     keep = jnp.broadcast_to(mask[:, None, :, None], (B, 1, T, G, S)).reshape(B, 1, T * G, S)
     scores = jnp.where(keep, product("BKRh,BKSh->BKRS", q_BKRh, k) * h**-0.5, NO_KEYS)
-    peak = scores.max(-1)
-    weights = jnp.where(keep, jnp.exp(scores - peak[..., None]), 0.0)
+    peak = jnp.maximum(scores.max(-1), NO_KEYS / 2)  # so that a row without keys has weights of zero, too
+    weights = jnp.exp(scores - peak[..., None])
     total = weights.sum(-1)
     out = product("BKRS,BKSh->BKRh", weights.astype(v.dtype), v) / jnp.maximum(total, 1e-30)[..., None]
     lse = jnp.where(total > 0, peak + jnp.log(jnp.maximum(total, 1e-30)), NO_KEYS)
