@@ -39,7 +39,16 @@ from jaxopd.train.batch import Sequences
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.loop import Trainer, optimizer
 from jaxopd.train.objectives import ObjectiveConfig, make_objective
-from jaxopd.train.step import Frozen, LossSettings, Targets, add_gradients, apply_gradients, response_states, score
+from jaxopd.train.step import (
+    Frozen,
+    LossSettings,
+    Sums,
+    Targets,
+    add_gradients,
+    apply_gradients,
+    response_states,
+    score,
+)
 
 FULL, K = ObjectiveConfig("full", k=4), 4
 RATE = 1e-7  # so small that responses stay alike over the rounds
@@ -78,7 +87,7 @@ class Step:
         self.head = nnx.merge(*learning.teacher).head()
         self.targets = _targets(learning.responses)
         self.states = self.teacher_forward()
-        self.sums = self.gradients()[1]
+        self.summed = self.gradients().gradients
 
     def forward(self, model: Frozen) -> jax.Array:
         return states(*model, self.learning.sequences, self.learning.responses.shape[1])
@@ -94,19 +103,19 @@ class Step:
         given = self.graph, self.params, *x.teacher, x.sequences, x.sequences, x.responses
         return score(*given, mesh=self.mesh, k=K, dtype="float32")
 
-    def gradients(self, teacher_states: jax.Array | None = None) -> tuple[jax.Array, nnx.State]:
-        so_far = jnp.zeros(()), jax.tree.map(jnp.zeros_like, self.params)
+    def gradients(self, teacher_states: jax.Array | None = None) -> Sums:
+        so_far = Sums.zeros(self.params)
         known = self.states if teacher_states is None else teacher_states
         given = self.learning.sequences, self.targets, self.learning.responses, known, self.head
         return add_gradients(self.graph, self.settings, so_far, self.params, *given, mesh=self.mesh)
 
-    def update(self, sums: nnx.State | None = None) -> Any:
-        given = self.transform, self.params, self.opt_state, self.sums if sums is None else sums
+    def update(self, gradients: nnx.State | None = None) -> Any:
+        given = self.transform, self.params, self.opt_state, self.summed if gradients is None else gradients
         self.params, self.opt_state, norms = apply_gradients(*given)
         return norms
 
     def __call__(self) -> Any:
-        return self.update(self.gradients(self.scoring()["teacher_states"])[1])
+        return self.update(self.gradients(self.scoring()["teacher_states"]).gradients)
 
 
 def _targets(responses: jax.Array) -> Targets:
@@ -186,7 +195,7 @@ def learnt(case: str, learning: Learning, machine: MachineFloor, repeats: int) -
 
 
 def _temporaries(step: Step) -> float:
-    so_far = jnp.zeros(()), step.sums
+    so_far = Sums.zeros(step.params)
     given = step.learning.sequences, step.targets, step.learning.responses, step.states, step.head
     lowered = add_gradients.lower(step.graph, step.settings, so_far, step.params, *given, mesh=step.mesh)
     return lowered.compile().memory_analysis().temp_size_in_bytes / 1e9

@@ -71,8 +71,8 @@ class RunFolder:
                         "expected the same contents; choose another folder"
                     )
                 raise InputError(
-                    f"{path}/config.json: field {field}: found {known.get(field)!r} of another run, expected "
-                    f"{config.get(field)!r}; choose another folder or the same settings"
+                    f"{path}/config.json: field {field}: found {known.get(field)!r}, what the run here began with, "
+                    f"expected {config.get(field)!r}; choose another folder or the settings of this one"
                 )
         return run
 
@@ -218,7 +218,7 @@ class RunFolder:
         try:
             return pd.read_parquet(io.BytesIO(found.value))
         except (ValueError, OSError) as error:  # pyarrow's kinds for a truncated or foreign file
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{self.path}/{key}: found no valid parquet ({reason}), expected a table") from None
 
     def _write(self, key: str, value: bytes) -> None:

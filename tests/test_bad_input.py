@@ -295,7 +295,8 @@ def test_prompt_longer_than_the_context(root, capsys):
 def test_run_of_another_configuration(root, capsys):
     config = {"student": "another", "seed": 0}
     RunFolder.create(str(root / "run"), config)
-    refuses(command(root), root, capsys, f"{root / 'run'}/config.json", "of another run", "choose another folder")
+    parts = f"{root / 'run'}/config.json", "what the run here began with", "choose another folder"
+    refuses(command(root), root, capsys, *parts)
 
 
 def test_folder_that_is_no_run(root, capsys):

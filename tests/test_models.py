@@ -24,7 +24,7 @@ from jaxopd.models import (
 )
 from jaxopd.models.attention import causal_attention, masked_attention, merge
 from jaxopd.models.config import Yarn
-from jaxopd.models.qwen import linear
+from jaxopd.models.qwen import linear, rotary_tables, rotate
 from jaxopd.models.weights import hf_name
 from jaxopd.rollouts import rollout
 
@@ -297,8 +297,24 @@ def test_linear_of_any_number_of_rows(rows):
     x, weight, cotangent = (rng.normal(size=shape) for shape in ((rows, 96), (40, 96), (rows, 40)))
     x16, weight16 = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16)
     y, pullback = jax.vjp(lambda x, w: linear(x, w, jnp.dtype("float32")), x16, weight16)
+    for platform, barred in (("cpu", 16 <= rows <= 64), ("cuda", False), ("tpu", False)):
+        lowered = jax.jit(linear).trace(x16, weight16).lower(lowering_platforms=(platform,)).as_text()
+        assert ("optimization_barrier" in lowered) == barred, platform
     x, weight = np.asarray(x16, np.float64), np.asarray(weight16, np.float64)
     np.testing.assert_allclose(y, x @ weight.T, rtol=1e-5, atol=1e-5)
     d_x, d_weight = pullback(jnp.asarray(cotangent, jnp.float32))
     np.testing.assert_allclose(d_x, cotangent @ weight, rtol=2**-7, atol=0.05)
     np.testing.assert_allclose(d_weight, cotangent.T @ x, rtol=2**-7, atol=0.05)
+
+
+def test_the_gradient_of_a_rotation_is_rounded_once():
+    """Of bfloat16: the transposed rotation of the cotangent, within half a unit in the last place of its own size."""
+    rng = np.random.default_rng(0)
+    positions = jnp.arange(64)[None]
+    tables = rotary_tables(dataclasses.replace(TINY, head_dim=8), positions)
+    x, cotangent = (jnp.asarray(rng.normal(size=(1, 64, 4, 8)), jnp.bfloat16) for _ in range(2))
+    found = jax.jit(lambda x, ct: jax.vjp(lambda x: rotate(x, tables), x)[1](ct)[0])(x, cotangent)
+    cos, sin = (np.asarray(table, np.float64)[..., 4:] for table in tables)
+    a, b = np.split(np.asarray(cotangent, np.float64), 2, -1)
+    exact = np.concatenate([a * cos + b * sin, b * cos - a * sin], -1)
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-6)

@@ -13,6 +13,7 @@ from jaxopd.errors import InputError
 from jaxopd.gradients import (
     Position,
     clipped_surrogate,
+    is_clipped,
     logit_gradient,
 )
 from jaxopd.train.objectives import (
@@ -272,6 +273,14 @@ def test_clipping():
     assert_allclose(slope(old)[:, 0], [-1, 1, 1])
     config = ObjectiveConfig("sampled", importance="none")
     assert_allclose(jax.grad(lambda x: update_loss(config, x, old[0], advantage[0]))(new[0]), [-1.0])
+
+
+def test_what_is_clipped_has_no_gradient():
+    rng = np.random.default_rng(0)
+    new, old, advantage = (jnp.asarray(rng.normal(scale=0.8, size=(400, 1))) for _ in range(3))
+    flat = jax.grad(lambda x: jnp.sum(clipped_surrogate(x, old, advantage, 0.1, 0.3, 3.0)))(new) == 0
+    assert 50 < flat.sum() < 350
+    np.testing.assert_array_equal(is_clipped(new, old, advantage, 0.1, 0.3, 3.0), flat)
 
 
 # Rewards and weights ----------------------------------------------------------------------------------------------

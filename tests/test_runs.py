@@ -133,6 +133,6 @@ def test_a_run_that_another_job_begins_meanwhile_is_joined(tmp_path, monkeypatch
         return write(self, key, value, generation)
 
     monkeypatch.setattr(RunFolder, "write_if", late)
-    with pytest.raises(InputError, match="field seed: found 1 of another run"):
+    with pytest.raises(InputError, match="field seed: found 1, what the run here began with"):
         RunFolder.create(path, {"seed": 2})
     assert RunFolder.existing(path).config() == CONFIG

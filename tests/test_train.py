@@ -185,7 +185,7 @@ def test_a_run_that_cannot_be_restored_is_given_up(killed, tmp_path):
 
 
 def test_a_run_with_other_settings_is_refused(killed):
-    with pytest.raises(InputError, match=r"field learning_rate: found 0\.001 of another run, expected 0\.002"):
+    with pytest.raises(InputError, match=r"learning_rate: found 0\.001, what the run here began with, expected 0\.002"):
         Trainer(replace(CONFIG, learning_rate=2e-3), killed, quiet, device_mesh(1))
 
 
@@ -208,8 +208,8 @@ def first_gradients(
     scored, micros = trainer.collect.score(trainer.params, batch)
     targets = make_targets(trainer.config, batch, scored, scored.mask.astype(float))
     weighted = reduced(trainer.config, targets, np.arange(len(batch.question)))
-    loss, gradients = trainer.gradients(micros[0], weighted)
-    return float(loss), gradients
+    sums = trainer.gradients(micros[0], weighted)
+    return float(sums.loss), sums.gradients
 
 
 @pytest.mark.parametrize("objective", ["topk_paper", "full", "sampled"])
@@ -252,6 +252,17 @@ def test_the_student_as_its_own_teacher_gives_no_gradient(tmp_path, objective):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients)) < 1e-5
 
 
+@pytest.mark.parametrize(("passes", "outcome_weight"), [(1, 0.0), (4, 0.0), (4, 1.0)])
+def test_the_clip_fraction_counts_tokens_that_lost_their_gradient(tmp_path, passes, outcome_weight):
+    """None on the rollouts' own parameters, some in later passes; a divergence has no ratio, its outcome reward has."""
+    outcome = {"outcome": "dr_grpo", "outcome_weight": outcome_weight} if outcome_weight else {}
+    objective = ObjectiveConfig("full" if outcome else "sampled", k=4, clip_low=0.02, clip_high=0.02, **outcome)
+    config = replace(CONFIG, objective=objective, passes=passes, mini_batch=4, rollouts=8)
+    found = Trainer(config, tmp_path / "run", quiet, device_mesh(1)).advance()
+    low, high = (0, 0) if passes == 1 else (0.01, 0.8)
+    assert low <= found["train/clip_fraction"] <= high
+
+
 @pytest.mark.parametrize("fault", ["score/log_q nan", "train/loss inf"])
 def test_what_is_not_finite_stops_training(killed, tmp_path, monkeypatch, fault):
     folder = shutil.copytree(killed, tmp_path / "run")
@@ -266,7 +277,7 @@ def test_what_is_not_finite_stops_training(killed, tmp_path, monkeypatch, fault)
         trainer.collect.score = score
     else:
         healthy_gradients = trainer.gradients
-        monkeypatch.setattr(trainer, "gradients", lambda *given: (jnp.inf, healthy_gradients(*given)[1]))
+        monkeypatch.setattr(trainer, "gradients", lambda *given: healthy_gradients(*given)._replace(loss=jnp.inf))
     before = leaves(trainer)
     with pytest.raises(TrainingStopped, match=rf"step 2: found {fault},.*step-000002.npz.*checkpoints/2$"):
         trainer.advance()

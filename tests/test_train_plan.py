@@ -20,7 +20,7 @@ from jaxopd.train.batch import Sequences
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.objectives import ObjectiveConfig, make_objective
 from jaxopd.train.plan import activation_bytes, head_bytes
-from jaxopd.train.step import LossSettings, Targets, add_gradients
+from jaxopd.train.step import LossSettings, Sums, Targets, add_gradients
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 memory = SimpleNamespace(**runpy.run_path(str(EXPERIMENTS / "peak_memory.py")))
@@ -43,7 +43,7 @@ def allotted(config: QwenConfig, rows: int, prompt: int, response: int, objectiv
     targets = Targets(array(*each, kind="int32"), array(*each, kind="bool"), *three, *four)
     D = config.hidden_size if settings.objective.reach == "full" else 1
     teacher = array(*one, D, kind=dtype), array(config.vocab_size, D, kind=dtype)
-    given = (array(), params), params, sequences, targets, array(*one, kind="int32"), *teacher
+    given = Sums(array(), params, array(), array()), params, sequences, targets, array(*one, kind="int32"), *teacher
     compiled = add_gradients.lower(graph, settings, *given, mesh=device_mesh(1)).compile()
     return compiled.memory_analysis().temp_size_in_bytes, 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
 

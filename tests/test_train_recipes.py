@@ -181,7 +181,7 @@ def test_a_gate_is_the_loss_of_the_tokens_it_keeps(tmp_path):
         scored, updates = trainer.collect.score(trainer.params, batch)
         targets = make_targets(config, batch, scored, gate_weights(gate, batch, scored))
         rows = np.arange(len(batch.question))
-        return trainer.gradients(updates[0], reduced(config, targets, rows))[1]
+        return trainer.gradients(updates[0], reduced(config, targets, rows)).gradients
 
     wrong = batch.correct != 1
     assert 0 < wrong.sum() < len(wrong)

@@ -19,7 +19,7 @@ from jaxopd.models.sharding import device_mesh, parameter_shardings
 from jaxopd.train import vocabulary
 from jaxopd.train.batch import Batch, Sequences, taken
 from jaxopd.train.objectives import ObjectiveConfig, make_objective
-from jaxopd.train.step import LossSettings, Targets, add_gradients, micro_loss, response_states, score, spread
+from jaxopd.train.step import LossSettings, Sums, Targets, add_gradients, micro_loss, response_states, score, spread
 from jaxopd.train.vocabulary import token_log_probs, top_tokens
 
 SMALL = QwenConfig(
@@ -87,7 +87,7 @@ def test_padding_rows_and_columns_change_nothing(name):
     def gradient(responses, targets, states, width):
         sequences = Sequences.join([*prompts, *[[1]] * (len(responses) - 4)], responses, width)
         given = jax.tree.map(jnp.asarray, (sequences, targets, responses, states))
-        return jax.value_and_grad(lambda s: micro_loss(graph, s, settings(name), *given, teacher))(state)
+        return jax.value_and_grad(lambda s: micro_loss(graph, s, settings(name), *given, teacher)[0])(state)
 
     loss, exact = gradient(responses, targets, states, 8)
     more = np.array([0, 1, 2, 3, -1, -1])
@@ -108,7 +108,7 @@ def test_logits_of_all_rows_never_exist(name, monkeypatch):
     graph, state = nnx.split(nnx.eval_shape(lambda: init_model(config)))
     b, S = 8, 128
     shaped = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, _whole_batch(b, S, config.vocab_size)))
-    so_far = jax.eval_shape(lambda: (jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape), state)))
+    so_far = jax.eval_shape(lambda: Sums.zeros(state))
     sequences, targets, responses, states, head = shaped
     lowered = add_gradients.lower(
         graph, settings(name), so_far, state, sequences, targets, responses, states, head, mesh=device_mesh(1)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxopd.errors import InputError
 from jaxopd.gradients.core import LOG_ZERO, Form, Position, finite_log, probability, renormalize
@@ -72,6 +72,19 @@ def clipped_surrogate(
     if dual != float("inf"):
         gain = jnp.where(advantage < 0, jnp.maximum(gain, dual * advantage), gain)
     return -jnp.sum(gain, axis=-1)
+
+
+def is_clipped(
+    log_p: Float[Array, "*batch K"],
+    log_p_old: Float[Array, "*batch K"],
+    advantage: Float[Array, "*batch K"],
+    low: float = 0.2,
+    high: float = 0.2,
+    dual: float = float("inf"),
+) -> Bool[Array, "*batch K"]:
+    """Tell where `clipped_surrogate` has no gradient: rho > 1 + high if A > 0, rho < 1 - low or rho > dual if A < 0."""
+    ratio = importance_ratio(log_p, log_p_old)
+    return ((advantage > 0) & (ratio > 1.0 + high)) | ((advantage < 0) & ((ratio < 1.0 - low) | (ratio > dual)))
 
 
 def truncated_surrogate(

@@ -114,7 +114,7 @@ def probe(trainer: Trained, seed: int = 0) -> tuple[Probe, Collector, Micro]:
     for side, settings, gate in sides:
         targets = make_targets(side, batch, scored, gate)
         for rows in (np.flatnonzero(half == 0), np.flatnonzero(half == 1)):
-            found = trainer.gradients(micros, reduced(side, targets, rows), settings)[1]
+            found = trainer.gradients(micros, reduced(side, targets, rows), settings).gradients
             # One at a time: collectives of several computations in flight can wait for each other on fake CPU devices.
             gradients.append(jax.block_until_ready(found))
     return Probe((gradients[0], gradients[1]), (gradients[2], gradients[3])), collect, micros[0]

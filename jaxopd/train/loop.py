@@ -35,7 +35,7 @@ from jaxopd.train.metrics import Scored
 from jaxopd.train.objectives import make_objective
 from jaxopd.train.plan import plan_training
 from jaxopd.train.setup import Setup
-from jaxopd.train.step import LossSettings, Targets, add_gradients, apply_gradients, spread
+from jaxopd.train.step import LossSettings, Sums, Targets, add_gradients, apply_gradients, spread
 from jaxopd.train.targets import make_targets, reduced
 
 Report = Callable[[str], None]
@@ -99,6 +99,8 @@ class Trainer:
     def run(self) -> Qwen:
         """Trains to the configured step and saves the student as a Hugging Face folder in OUT/student."""
         self.report(str(self.plan))
+        if self.step >= self.config.steps:
+            self.report(f"{self.out} is at step {self.step} of {self.config.steps}: nothing is left to train")
         with self.claims.alone(WHOLE):
             decided(self.checkpoints.check_unchanged)  # nobody held the run since it was restored
             self.log.resume(self.step)
@@ -151,23 +153,23 @@ class Trainer:
         for _ in range(self.config.passes):
             for micros in updates:
                 rows = np.concatenate([micro.rows[micro.rows >= 0] for micro in micros])
-                loss, gradients = self.gradients(micros, reduced(self.config, targets, rows))
-                size = float(optax.tree.norm(gradients))
-                if not np.isfinite(size + float(loss)):  # the parameters are still good: keep them
-                    return {"train/loss": float(loss), "train/gradient_norm": size}
+                sums = self.gradients(micros, reduced(self.config, targets, rows))
+                size = float(optax.tree.norm(sums.gradients))
+                if not np.isfinite(size + float(sums.loss)):  # the parameters are still good: keep them
+                    return {"train/loss": float(sums.loss), "train/gradient_norm": size}
                 self.params, self.opt_state, norms = apply_gradients(
-                    self.transform, self.params, self.opt_state, gradients
+                    self.transform, self.params, self.opt_state, sums.gradients
                 )
-                history.append({"train/loss": loss} | norms)
+                clipped = {"train/clip_fraction": sums.clipped / sums.pushed} if sums.pushed else {}
+                history.append({"train/loss": sums.loss} | norms | clipped)
         fetched = jax.device_get(history)
-        return {name: float(np.mean([one[name] for one in fetched])) for name in fetched[0]}
+        names = {name: None for one in fetched for name in one}
+        return {name: float(np.mean([one[name] for one in fetched if name in one])) for name in names}
 
-    def gradients(
-        self, micros: list[Micro], targets: Targets, settings: LossSettings | None = None
-    ) -> tuple[Array, nnx.State]:
+    def gradients(self, micros: list[Micro], targets: Targets, settings: LossSettings | None = None) -> Sums:
         """Adds up loss and float32 gradients of micro-batches; `targets` are those of the whole batch, reduced."""
         settings = settings or self.settings
-        so_far = jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), self.params)
+        so_far = Sums.zeros(self.params)
         for micro in micros:
             part = jax.tree.map(lambda x, rows=micro.rows: taken(x, rows), targets)
             batch = micro.student, part, micro.responses, micro.teacher_states, micro.teacher_head

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxopd.errors import InputError
 from jaxopd.gradients import (
@@ -24,6 +24,8 @@ from jaxopd.gradients import (
     dr_grpo_std,
     forward_kl,
     forward_kl_loss,
+    importance_ratio,
+    is_clipped,
     jsd,
     jsd_loss,
     likelihood,
@@ -207,3 +209,17 @@ def update_loss(
     if config.importance == "truncate":
         return truncated_surrogate(log_p, log_p_old, advantage, config.truncation)
     return truncated_surrogate(log_p, log_p, advantage, 1.0)
+
+
+def ratio_is_clipped(
+    config: ObjectiveConfig,
+    log_p: Float[Array, "*batch K"],
+    log_p_old: Float[Array, "*batch K"],
+    advantage: Float[Array, "*batch K"],
+) -> Bool[Array, "*batch K"]:
+    """Tell at which tokens the configured importance correction clips or truncates the ratio at new parameters."""
+    if config.importance == "clip":
+        return is_clipped(log_p, log_p_old, advantage, config.clip_low, config.clip_high, config.dual_clip)
+    if config.importance == "truncate":
+        return importance_ratio(log_p, log_p_old) > config.truncation
+    return jnp.zeros(log_p.shape, bool)

@@ -9,7 +9,7 @@ full-vocabulary losses its head, V D_t numbers, is gathered on each.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxopd.gradients import Position
 from jaxopd.models import Qwen, forward
 from jaxopd.scoring import over_mesh
 from jaxopd.train.batch import Sequences
-from jaxopd.train.objectives import Objective, ObjectiveConfig, position_loss, update_loss
+from jaxopd.train.objectives import Objective, ObjectiveConfig, position_loss, ratio_is_clipped, update_loss
 from jaxopd.train.vocabulary import token_log_probs, top_tokens
 
 Frozen = tuple[nnx.GraphDef, nnx.State]  # a model that is not trained
@@ -50,6 +50,21 @@ class Targets:
     sampled_old: Float[Array, "b S"]
     outcome: Float[Array, "b S"]
     outcome_weights: Float[Array, "b S"]
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up to; `pushed` counts the tokens of policy gradients, `clipped` those beyond the clip."""
+
+    loss: Float[Array, ""]
+    gradients: nnx.State
+    pushed: Float[Array, ""]
+    clipped: Float[Array, ""]
+
+    @classmethod
+    def zeros(cls, params: nnx.State) -> "Sums":
+        """Makes the sums of no micro-batch, float32 as all are."""
+        gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        return cls(jnp.zeros(()), gradients, jnp.zeros(()), jnp.zeros(()))
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:
@@ -217,11 +232,11 @@ def micro_loss(
     responses: Int[Array, "b S"],
     teacher_states: Float[Array, "b S Dt"],
     teacher_head: Float[Array, "V Dt"],
-) -> Float[Array, ""]:
-    """Compute the weighted sum of losses of a micro-batch, differentiable in params."""
+) -> tuple[Float[Array, ""], tuple[Array, Array]]:
+    """Compute the weighted sum of losses of a micro-batch, differentiable in params; `pushed` and `clipped` of Sums."""
     model = nnx.merge(graph, _cast(params, settings.dtype))
     hidden = _flat(response_states(model, student, responses.shape[1], settings.remat))
-    objective, total = settings.objective, jnp.zeros(())
+    objective, total, counts = settings.objective, jnp.zeros(()), (jnp.zeros(()), jnp.zeros(()))
     if objective.reach == "full":
         kind, beta = objective.kernel
         pair = hidden, model.head(), _flat(teacher_states), teacher_head
@@ -232,15 +247,29 @@ def micro_loss(
         if settings.outcome:
             ids = jnp.concatenate([ids, jnp.maximum(responses, 0)[..., None]], -1)
     if objective.reach == "full" and not settings.outcome:
-        return total
+        return total, counts
     V = model.head().shape[0] if not objective.from_teacher else min(model.head().shape[0], teacher_head.shape[0])
     log_p = token_log_probs(hidden, model.head()[:V], _flat(ids)).reshape(ids.shape)
     if objective.reach != "full":
-        total = _weighted(_distillation(settings, log_p[..., : targets.ids.shape[-1]], targets), targets.weights)
+        inside = log_p[..., : targets.ids.shape[-1]]
+        total = _weighted(_distillation(settings, inside, targets), targets.weights)
+        if objective.loss is None:
+            counts = _counts(settings.config, inside, targets.log_p_old, targets.advantage, targets.weights)
     if settings.outcome:
-        each = _update(settings.config, log_p[..., -1:], targets.sampled_old[..., None], targets.outcome[..., None])
-        total = total + _weighted(each, targets.outcome_weights)
-    return total
+        given = log_p[..., -1:], targets.sampled_old[..., None], targets.outcome[..., None]
+        total = total + _weighted(_update(settings.config, *given), targets.outcome_weights)
+        more = _counts(settings.config, *given, targets.outcome_weights)
+        counts = jax.tree.map(jnp.add, counts, more)
+    return total, counts
+
+
+def _counts(
+    config: ObjectiveConfig, log_p: Array, log_p_old: Array, advantage: Array, weights: Array
+) -> tuple[Array, Array]:
+    """Count the tokens that a policy gradient pushes, and those among them whose ratio is clipped."""
+    pushed = (advantage != 0) & (weights != 0)[..., None]
+    clipped = pushed & ratio_is_clipped(config, log_p, log_p_old, advantage)
+    return jnp.sum(pushed, dtype=jnp.float32), jnp.sum(clipped, dtype=jnp.float32)
 
 
 def _weighted(loss: Float[Array, "b S"], weights: Float[Array, "b S"]) -> Float[Array, ""]:
@@ -264,7 +293,7 @@ def _update(config: ObjectiveConfig, log_p: Array, log_p_old: Array, advantage: 
 def add_gradients(
     graph: nnx.GraphDef,
     settings: LossSettings,
-    so_far: tuple[Array, nnx.State],
+    so_far: Sums,
     params: nnx.State,
     student: Sequences,
     targets: Targets,
@@ -273,12 +302,13 @@ def add_gradients(
     teacher_head: Float[Array, "V Dt"],
     *,
     mesh: Mesh,
-) -> tuple[Array, nnx.State]:
-    """Add a micro-batch's loss and float32 gradients to those of the micro-batches before it."""
+) -> Sums:
+    """Add a micro-batch's loss, float32 gradients and counts to those of the micro-batches before it."""
 
-    def rows(params: nnx.State, teacher_head: Array, *rest: Any) -> tuple[Array, nnx.State]:
-        found = jax.value_and_grad(lambda p: micro_loss(graph, p, settings, *rest, teacher_head))(params)
-        return jax.lax.psum(found, mesh.axis_names)
+    def rows(params: nnx.State, teacher_head: Array, *rest: Any) -> Sums:
+        loss_of = jax.value_and_grad(lambda p: micro_loss(graph, p, settings, *rest, teacher_head), has_aux=True)
+        (loss, counts), gradients = loss_of(params)
+        return jax.lax.psum(Sums(loss, gradients, *counts), mesh.axis_names)
 
     by_rows = P(mesh.axis_names)
     specs = P(), P(), by_rows, by_rows, by_rows, by_rows

@@ -23,7 +23,7 @@ from jaxopd.train.config import TrainConfig
 from jaxopd.train.loop import optimizer
 from jaxopd.train.objectives import ObjectiveConfig, make_objective
 from jaxopd.train.plan import activation_bytes, head_bytes
-from jaxopd.train.step import LossSettings, Targets, add_gradients, apply_gradients, score
+from jaxopd.train.step import LossSettings, Sums, Targets, add_gradients, apply_gradients, score
 
 pytestmark = pytest.mark.kernel_lane
 
@@ -94,7 +94,8 @@ def gradients_on(mesh: Mesh, objective: str, student: QwenConfig):
     sequences, targets, responses = batch(mesh)
     wide = TEACHER.hidden_size if settings.objective.reach == "full" else 1
     states, head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((ROWS, RESPONSE, wide), (V, wide)))
-    so_far = placed((jax.ShapeDtypeStruct((), jnp.float32), params), mesh)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    so_far = placed(Sums(number, params, number, number), mesh)
     arguments = so_far, params, sequences, targets, responses, *placed((states, head), mesh)
     return add_gradients.lower(graph, settings, *arguments, mesh=mesh).compile()
 
