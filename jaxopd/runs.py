@@ -36,6 +36,15 @@ FLEETING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "UNKNOWN"
 T = TypeVar("T")
 
 
+def _difference(field: str, theirs: Any, mine: Any) -> tuple[str, Any, Any]:
+    """Names the first place where two settings differ, inside objects too."""
+    while isinstance(theirs, dict) and isinstance(mine, dict):
+        names = sorted(set(theirs) | set(mine))
+        inner = next(name for name in names if theirs.get(name, "nothing") != mine.get(name, "nothing"))
+        field, theirs, mine = f"{field}.{inner}", theirs.get(inner, "nothing"), mine.get(inner, "nothing")
+    return field, theirs, mine
+
+
 class RunFolder:
     """Reads and writes one run; every write is atomic per key."""
 
@@ -70,9 +79,10 @@ class RunFolder:
                         f"{path}: found questions, demonstrations or models that changed after this run began, "
                         "expected the same contents; choose another folder"
                     )
+                name, theirs, mine = _difference(field, known.get(field), config.get(field))
                 raise InputError(
-                    f"{path}/config.json: field {field}: found {known.get(field)!r}, what the run here began with, "
-                    f"expected {config.get(field)!r}; choose another folder or the settings of this one"
+                    f"{path}/config.json: field {name}: found {theirs!r}, what the run here began with, "
+                    f"expected {mine!r}; choose another folder, or that run's settings"
                 )
         return run
 

@@ -339,3 +339,16 @@ def test_frozen_advantages_rebuild_the_gradient():
     on_vocabulary = -gradients(thunlp("union"))
     kept = np.asarray(positions.support)
     assert_allclose(np.asarray(inside)[kept], np.take_along_axis(np.asarray(on_vocabulary), IDS, -1)[kept], atol=1e-14)
+
+
+@pytest.mark.parametrize(("field", "value"), [("clip_low", -1.0), ("clip_low", 1.0), ("clip_high", -0.1)])
+@pytest.mark.parametrize("importance", ["clip", "truncate"])
+def test_a_clip_that_is_none_is_refused(field, value, importance):
+    with pytest.raises(InputError, match=f"{field}: found {value}, expected 0 or more"):
+        ObjectiveConfig(importance=importance, **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("truncation", 0.0), ("dual_clip", 1.0), ("dual_clip", float("nan"))])
+def test_a_bound_that_binds_everything_is_refused(field, value):
+    with pytest.raises(InputError, match=f"{field}: found {value}, expected more than"):
+        ObjectiveConfig(**{field: value})

@@ -136,3 +136,11 @@ def test_a_run_that_another_job_begins_meanwhile_is_joined(tmp_path, monkeypatch
     with pytest.raises(InputError, match="field seed: found 1, what the run here began with"):
         RunFolder.create(path, {"seed": 2})
     assert RunFolder.existing(path).config() == CONFIG
+
+
+def test_another_run_s_settings_are_named_inside_objects(tmp_path):
+    RunFolder.create(str(tmp_path), {"objective": {"name": "full", "k": 4, "clip": None}})
+    with pytest.raises(InputError, match=r"field objective\.k: found 4, .* expected 8"):
+        RunFolder.create(str(tmp_path), {"objective": {"name": "full", "k": 8, "clip": None}})
+    with pytest.raises(InputError, match=r"field objective\.clip: found None, .* expected 'nothing'"):
+        RunFolder.create(str(tmp_path), {"objective": {"name": "full", "k": 4}})

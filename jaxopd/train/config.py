@@ -44,7 +44,7 @@ class TrainConfig:
     task: str = "math"
     """boolq, mmlu, math or toy."""
     questions: str = ""
-    """File of training questions."""
+    """File of training questions; of toy, FLAVOUR:NUMBER:SEED, as in all:20:7."""
     route: tuple[str, ...] = ()
     """VALUE=TEACHER: questions with that value in their metadata (toy: the flavour) learn from that teacher; the
     others from the first one."""

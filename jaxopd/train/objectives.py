@@ -93,7 +93,9 @@ class ObjectiveConfig:
     outcome_weight: float = 1.0
     """Its coefficient."""
     importance: Importance = "clip"
-    """How a policy gradient reaches rollouts of older parameters: clip (PPO), truncate, or none."""
+    """How a policy gradient (sampled, topk_thunlp, minillm, grpo, dr_grpo) reaches rollouts of older parameters: clip
+    (PPO), truncate, or none. train/clip_fraction of metrics.jsonl is the share of (position, token) pairs where the
+    ratio is beyond, averaged over a step's updates."""
     clip_low: float = 0.2
     """The clip's lower end is 1 - clip_low."""
     clip_high: float = 0.2
@@ -113,6 +115,14 @@ class ObjectiveConfig:
             raise InputError(f"k: found {self.k}, expected at least 1")
         if not 0 <= self.discount <= 1:
             raise InputError(f"discount: found {self.discount}, expected 0 to 1")
+        for name, good, expected in (
+            ("clip_low", 0 <= self.clip_low < 1, "0 or more, and less than 1"),
+            ("clip_high", self.clip_high >= 0, "0 or more"),
+            ("truncation", self.truncation > 0, "more than 0"),
+            ("dual_clip", self.dual_clip > 1, "more than 1"),
+        ):
+            if not good:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected {expected}")
         if self.mass == "raw" and self.objective == "topk_paper" and self.divergence == "reverse_kl":
             raise InputError("mass: found 'raw' with reverse KL, which is no divergence; expected renormalized or tail")
         if self.reward_scale != 1 and make_objective(self).reach == "full":
