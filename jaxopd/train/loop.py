@@ -100,7 +100,7 @@ class Trainer:
         """Trains to the configured step and saves the student as a Hugging Face folder in OUT/student."""
         self.report(str(self.plan))
         if self.step >= self.config.steps:
-            self.report(f"{self.out}: {self.step} steps are made, {self.config.steps} asked for: nothing is left to train")
+            self.report(f"{self.out}: made {self.step} steps, asked for {self.config.steps}: nothing is left to train")
         with self.claims.alone(WHOLE):
             decided(self.checkpoints.check_unchanged)  # nobody held the run since it was restored
             self.log.resume(self.step)
