@@ -8,6 +8,7 @@ them through the importance ratio. In both, the minus sign is that of the surrog
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -214,11 +215,7 @@ def update_loss(
     advantage: Float[Array, "K"],
 ) -> Float[Array, ""]:
     """Return the policy-gradient loss of one position at new parameters, by the configured importance correction."""
-    if config.importance == "clip":
-        return clipped_surrogate(log_p, log_p_old, advantage, config.clip_low, config.clip_high, config.dual_clip)
-    if config.importance == "truncate":
-        return truncated_surrogate(log_p, log_p_old, advantage, config.truncation)
-    return truncated_surrogate(log_p, log_p, advantage, 1.0)
+    return _correction(config)[0](log_p, log_p_old, advantage)
 
 
 def ratio_is_clipped(
@@ -228,8 +225,18 @@ def ratio_is_clipped(
     advantage: Float[Array, "*batch K"],
 ) -> Bool[Array, "*batch K"]:
     """Tell at which tokens the configured importance correction clips or truncates the ratio at new parameters."""
+    return _correction(config)[1](log_p, log_p_old, advantage)
+
+
+def _correction(config: ObjectiveConfig) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """Give the configured loss of (log_p, log_p_old, advantage), and what tells where it limits the ratio."""
+    most = config.truncation
     if config.importance == "clip":
-        return is_clipped(log_p, log_p_old, advantage, config.clip_low, config.clip_high, config.dual_clip)
+        bounds = {"low": config.clip_low, "high": config.clip_high, "dual": config.dual_clip}
+        return partial(clipped_surrogate, **bounds), partial(is_clipped, **bounds)
     if config.importance == "truncate":
-        return importance_ratio(log_p, log_p_old) > config.truncation
-    return jnp.zeros(log_p.shape, bool)
+        return partial(truncated_surrogate, most=most), lambda log_p, old, _: importance_ratio(log_p, old) > most
+    return (
+        lambda log_p, _, advantage: truncated_surrogate(log_p, log_p, advantage, 1.0),
+        lambda log_p, *_: jnp.zeros(log_p.shape, bool),
+    )

@@ -232,11 +232,11 @@ def micro_loss(
     responses: Int[Array, "b S"],
     teacher_states: Float[Array, "b S Dt"],
     teacher_head: Float[Array, "V Dt"],
-) -> tuple[Float[Array, ""], tuple[Array, Array]]:
+) -> tuple[Float[Array, ""], Float[Array, "2"]]:
     """Compute the weighted sum of losses of a micro-batch, differentiable in params; `pushed` and `clipped` of Sums."""
     model = nnx.merge(graph, _cast(params, settings.dtype))
     hidden = _flat(response_states(model, student, responses.shape[1], settings.remat))
-    objective, total, counts = settings.objective, jnp.zeros(()), (jnp.zeros(()), jnp.zeros(()))
+    objective, total, counts = settings.objective, jnp.zeros(()), jnp.zeros(2)
     if objective.reach == "full":
         kind, beta = objective.kernel
         pair = hidden, model.head(), _flat(teacher_states), teacher_head
@@ -258,18 +258,17 @@ def micro_loss(
     if settings.outcome:
         given = log_p[..., -1:], targets.sampled_old[..., None], targets.outcome[..., None]
         total = total + _weighted(_update(settings.config, *given), targets.outcome_weights)
-        more = _counts(settings.config, *given, targets.outcome_weights)
-        counts = jax.tree.map(jnp.add, counts, more)
+        counts = counts + _counts(settings.config, *given, targets.outcome_weights)
     return total, counts
 
 
 def _counts(
     config: ObjectiveConfig, log_p: Array, log_p_old: Array, advantage: Array, weights: Array
-) -> tuple[Array, Array]:
+) -> Float[Array, "2"]:
     """Count the tokens that a policy gradient pushes, and those among them whose ratio is clipped."""
     pushed = (advantage != 0) & (weights != 0)[..., None]
     clipped = pushed & ratio_is_clipped(config, log_p, log_p_old, advantage)
-    return jnp.sum(pushed, dtype=jnp.float32), jnp.sum(clipped, dtype=jnp.float32)
+    return jnp.stack([jnp.sum(pushed, dtype=jnp.float32), jnp.sum(clipped, dtype=jnp.float32)])
 
 
 def _weighted(loss: Float[Array, "b S"], weights: Float[Array, "b S"]) -> Float[Array, ""]:
