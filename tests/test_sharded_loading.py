@@ -172,7 +172,6 @@ def test_checkpoint_of_another_model(fields, said, broken) -> None:
             look(broken)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("part", ["d", "ocdbt.process_0/d"], ids=["descriptions", "arrays"])
 def test_truncated_checkpoint(part, tmp_path) -> None:
     save_checkpoint(load_model(MODELS / "S"), tmp_path)  # arrays under 1 kB would be kept with the descriptions
@@ -180,7 +179,7 @@ def test_truncated_checkpoint(part, tmp_path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(InputError, match=f"{tmp_path}/state: found no readable checkpoint .*, expected a whole one"):
         load_checkpoint(tmp_path, mesh=device_mesh())
-    gc.collect()  # orbax's other reads warn here, not in a later test
+    gc.collect()  # a read that orbax left behind would warn
 
 
 def test_an_exception_without_text_is_named(saved, monkeypatch) -> None:

@@ -1,12 +1,14 @@
 """Orbax checkpoints of models: saved from one mesh and restored on another, each process its own part of the bytes."""
 
+import asyncio
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +71,7 @@ def load_checkpoint(
     if mesh is None:
         here = SingleDeviceSharding(jax.local_devices()[0])
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
-    with _told(path), ocp.StandardCheckpointer(restore_concurrent_gb=READ_AT_ONCE_GB) as checkpointer:
+    with readable(path / ARRAYS), ocp.StandardCheckpointer(restore_concurrent_gb=READ_AT_ONCE_GB) as checkpointer:
         restored = checkpointer.restore(path / ARRAYS, nnx.to_pure_dict(state))
     if mesh is None:
         restored = _uncommitted(restored)
@@ -102,7 +104,7 @@ def abstract_checkpoint(
         raise InputError(f"{path / ARRAYS}: found no such folder, expected an orbax checkpoint there")
     graph, state = abstract_model(config, dtype or stored, mesh, fsdp=fsdp)
     wanted = {".".join(map(str, name)): x.shape for name, x in nnx.to_flat_state(state)}
-    with _told(path), ocp.StandardCheckpointer() as checkpointer:
+    with readable(path / ARRAYS), ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.metadata((path / ARRAYS).absolute()).item_metadata
         if arrays is None:
             raise ValueError("its arrays are not described")
@@ -114,13 +116,33 @@ def abstract_checkpoint(
     return graph, state
 
 
+class _TidyLoop(asyncio.SelectorEventLoop):
+    """An event loop that ends its tasks as it closes, and to which files read after that are no error."""
+
+    def close(self) -> None:
+        left = asyncio.all_tasks(self)
+        for task in left:
+            task.cancel()
+        if left:
+            self.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        super().close()
+
+    def call_soon_threadsafe(self, *args: Any, **context: Any) -> Any:
+        with suppress(RuntimeError):  # the loop is closed
+            return super().call_soon_threadsafe(*args, **context)
+
+
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turns what orbax says of unreadable files, in exceptions of many kinds, into one sentence."""
+def readable(folder: Path) -> Iterator[None]:
+    """Turns what orbax says of unreadable files, in exceptions of many kinds, into one sentence.
+
+    After a read that fails, orbax closes its loop over all others; they would go on, and complain at any later time.
+    """
     try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError):  # of the devices and the host
+        with mock.patch.object(asyncio, "new_event_loop", _TidyLoop):
+            yield
+    except (InputError, jax.errors.JaxRuntimeError, MemoryError):  # memory: of the devices, of the host
         raise
     except Exception as error:
         found = f"no readable checkpoint ({first_line(error)})"
-        raise InputError(f"{path / ARRAYS}: found {found}, expected a whole one") from None
+        raise InputError(f"{folder}: found {found}, expected a whole one") from None

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxopd.errors import InputError, first_line
+from jaxopd.errors import InputError
+from jaxopd.models.checkpoints import readable
 
 
 class Checkpoints:
@@ -49,11 +50,8 @@ class Checkpoints:
         step, named = self.latest, _named(like)
         abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in named.items()}
         arguments = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore())
-        try:
+        with readable(self.folder / str(step)):
             found = self.manager.restore(step, args=arguments)
-        except (ValueError, KeyError) as error:
-            where = self.folder / str(step)
-            raise InputError(f"{where}: found another state ({first_line(error)}), expected this run's") from None
         return jax.tree.unflatten(jax.tree.structure(like), [found.arrays[name] for name in named]), dict(found.facts)
 
     def close(self) -> None:
