@@ -1,24 +1,28 @@
 """How many tokens a second do rollouts get, against transformers' generate, a Python loop, and the floor?
 
-    PYTHONPATH=.:kernels python experiments/bench_rollouts.py [--smoke] [--minutes 5] [--only 512]
+    PYTHONPATH=.:kernels python experiments/bench_rollouts.py [--smoke] [--minutes 5] [--only 512] [--against static]
 
 The decode phase of Qwen3's shapes in bfloat16 with random weights: sequences that continue one shared trunk, or a
 prompt each. Contestants hold the same trunk, draw the same number of tokens at temperature 1, and start with their
 caches filled. `unshared` is this engine with a copy of the trunk for every sequence, `no trunk kernel` with plain XLA
 products over the one copy. On a CPU: 32 sequences of Qwen3-0.6B; on an accelerator 256 of 0.6B to 8B, and two public
-workloads end to end. Cases start until the minutes are over, the most telling first; what does not fit in memory says
-so.
+workloads end to end. Contestants start until the minutes are over, the most telling first; what does not fit in memory
+says so.
 """
 
-import time
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import groupby
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the device
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmarking import (
-    STARTED,
     Floor,
     MachineFloor,
     Measurement,
@@ -30,7 +34,7 @@ from benchmarking import (
     with_floor,
     write,
 )
-from rollout_peers import generate, python_loop
+from rollout_peers import generate, give_back, python_loop
 
 from jaxopd.models import QwenConfig, init_model
 from jaxopd.models.qwen import Qwen
@@ -46,6 +50,7 @@ SHAPES = {  # hidden, inner, layers, query heads, tied head
     "4B": (2560, 9728, 36, 32, True),
     "8B": (4096, 12288, 36, 32, False),
 }
+Build = Callable[[Qwen], Callable[[], object]]  # makes a contestant from the model
 TINY = QwenConfig(1031, 64, 192, 2, 4, 2, 16, max_positions=40960, tie_embeddings=True)
 
 
@@ -58,6 +63,7 @@ class Case:
     sequences: int
     new: int
     shared: bool = True
+    against: str = ""  # only contestants whose name holds this: transformers and the Python loop can take minutes
 
     @property
     def name(self) -> str:
@@ -66,13 +72,14 @@ class Case:
 
 
 ON_CPU = (Case("0.6B", 512, 32, 16), Case("0.6B", 2000, 32, 6), Case("0.6B", 128, 32, 16, shared=False))
-ON_GPU = (
-    Case("0.6B", 2000, 256, 1024),  # mean suffix 512
+ON_GPU = (  # transformers before whatever makes JAX's memory large, as that does not shrink again
+    Case("0.6B", 2000, 256, 1024, against="no trunk kernel"),  # mean suffix 512
     Case("0.6B", 200, 256, 128),
-    Case("0.6B", 30000, 256, 128),
-    Case("8B", 2000, 256, 128),
-    Case("1.7B", 2000, 256, 128),
-    Case("4B", 2000, 256, 128),
+    Case("0.6B", 2000, 256, 128),
+    Case("0.6B", 30000, 256, 128, against="jaxopd"),
+    Case("8B", 2000, 256, 128, against="jaxopd"),
+    Case("1.7B", 2000, 256, 128, against="jaxopd"),
+    Case("4B", 2000, 256, 128, against="jaxopd"),
 )
 SMOKE = (Case("tiny", 64, 4, 8), Case("tiny", 32, 4, 8, shared=False))
 
@@ -128,97 +135,125 @@ def decode_phase(model: Qwen, case: Case, *, shared: bool, attention: str | None
     return run
 
 
-def measured(case: Case, model: Qwen, machine: MachineFloor, repeats: int, against: str) -> list[Measurement]:
-    """Times the contestants of one case whose name holds `against`; reference: the engine."""
-
-    def lazily(make: Callable[[], Callable]) -> Callable[[], object]:
-        """Builds a contestant at its first run, so that one that cannot be built is reported like one that fails."""
-        held = []
-
-        def run() -> object:
-            if not held:
-                held.append(make())
-            return held[0]()
-
-        return run
-
+def contestants(case: Case) -> dict[str, Build]:
+    """Those the engine is timed against, the ones that need little of JAX's memory first."""
     size = (case.sequences, case.trunk, case.new)
-    ours = {"jaxopd engine": lazily(lambda: decode_phase(model, case, shared=case.shared))}
-    others = {
-        f"transformers, {kind} cache": lazily(lambda kind=kind: generate(model.config, *size, kind))
-        for kind in ("static", "dynamic")
+    found: dict[str, Build] = {
+        "transformers, static cache": lambda model: generate(model.config, *size, "static"),
+        "transformers, dynamic cache": lambda model: generate(model.config, *size, "dynamic"),
     }
     if case.shared:
-        others["jaxopd, unshared"] = lazily(lambda: decode_phase(model, case, shared=False))
         if jax.default_backend() != "cpu":  # there the engine itself has no trunk kernel
-            others["jaxopd, no trunk kernel"] = lazily(lambda: decode_phase(model, case, shared=True, attention="xla"))
-    others["jit step, Python loop"] = lazily(lambda: python_loop(model, *size))
-    rows = []
-    for name in [name for name in others if against in name]:
-        pair = {**ours, name: others.pop(name)}
-        found = interleaved(pair, case=case.name, repeats=repeats, work=case.sequences * case.new, unit="tok")
+            found["jaxopd, no trunk kernel"] = lambda model: decode_phase(model, case, shared=True, attention="xla")
+        found["jaxopd, unshared"] = lambda model: decode_phase(model, case, shared=False)
+    found["jit step, Python loop"] = lambda model: python_loop(model, *size)
+    return {name: build for name, build in found.items() if case.against in name}
+
+
+def lazily(build: Build, model: Callable[[], Qwen]) -> Callable[[], object]:
+    """Builds a contestant at its first run, so that one that cannot be built is reported like one that fails."""
+    built = cache(lambda: build(model()))
+    return lambda: built()()
+
+
+def measured(
+    case: Case,
+    others: Mapping[str, Build],
+    model: Callable[[], Qwen],
+    machine: MachineFloor,
+    repeats: int,
+    limit: float,
+) -> list[Measurement]:
+    """Times the engine, the reference, against each of the others."""
+    ours = lazily(partial(decode_phase, case=case, shared=case.shared), model)
+    config, work = shape(case.model), case.sequences * case.new
+    engine, rows = Measurement(case.name, "jaxopd engine"), []
+    for name, build in others.items():
+        give_back()
+        pair = {"jaxopd engine": ours, name: lazily(build, model)}
+        found, row = interleaved(pair, case=case.name, repeats=repeats, work=work, unit="tok", limit=limit)
+        del pair  # or the next give_back would find the contestant held
+        if engine.seconds is None or found.seconds is not None:
+            engine = found
         shared = case.shared and name == "jaxopd, no trunk kernel"
-        rows.append(with_floor(found[1], floor_of(case, model.config, machine, shared=shared)))
-        engine = with_floor(found[0], floor_of(case, model.config, machine, shared=case.shared))
-        progress(
-            f"{name}: {rows[-1].ratio or rows[-1].note} times the engine's {engine.work / engine.seconds:.0f} tok/s"
-        )
-    return [engine, *rows]
+        rows.append(with_floor(row, floor_of(case, config, machine, shared=shared)))
+        progress(f"{name}: {row.note or found.note or f'{row.ratio:.2f} times as long as the engine'}")
+    return [with_floor(engine, floor_of(case, config, machine, shared=case.shared)), *rows]
 
 
-def public_workloads(model: Qwen, machine: MachineFloor, smoke: bool) -> list[Measurement]:
+def end_to_end(
+    model: Qwen, trunks: list[np.ndarray], requests: Requests, sampling: Sampling
+) -> Callable[[], np.ndarray]:
+    """The engine's whole run, prefill included."""
+    engine = Engine(model, slots=256)
+    progress(str(engine.plan(trunks, requests, sampling)))
+    return lambda: engine.run(trunks, requests, sampling).length
+
+
+def public_workloads(name: str, model: Callable[[], Qwen], smoke: bool, limit: float) -> list[Measurement]:
     """Two shapes others publish, with prefill: nano-vllm's 256 sequences, and 64 prefixes with 16 samples each."""
     rng = np.random.default_rng(0)
     scale = 32 if smoke else 1
     lengths, outputs = (rng.integers(100, 1025, 256 // scale) for _ in range(2))
-    vocabulary = model.config.vocab_size
+    vocabulary = shape(name).vocab_size
     distinct = [rng.integers(0, vocabulary, n // scale + 1) for n in lengths]
     several = [rng.integers(0, vocabulary, 2176 // scale) for _ in range(64 // scale)]
     rows = []
-    for name, trunks, n, limit in (
+    for what, trunks, n, tokens in (
         ("256 prompts and outputs of 100-1,024", distinct, 1, outputs // scale + 1),
         ("64 trunks of 2,176 x 16 of 256", several, 16, np.full(16 * len(several), 256 // scale)),
     ):
-        requests = replace(Requests.continuations(trunks, n), limit=limit)
-        sampling = Sampling(int(limit.max()), temperature=0.6, seed=1)
-        engine = Engine(model, slots=256)
-        progress(f"{name}: {engine.plan(trunks, requests, sampling)}")
-        runs = {"jaxopd engine": lambda e=engine, a=(trunks, requests, sampling): e.run(*a).length}
-        rows += interleaved(runs, case=name, repeats=1 if smoke else 2, work=float(limit.sum()), unit="tok")
+        requests = replace(Requests.continuations(trunks, n), limit=tokens)
+        sampling = Sampling(int(tokens.max()), temperature=0.6, seed=1)
+        run = partial(end_to_end, trunks=trunks, requests=requests, sampling=sampling)
+        rows += interleaved(
+            {"jaxopd engine": lazily(run, model)},
+            case=f"{name}, {what}",
+            repeats=1 if smoke else 2,
+            work=float(tokens.sum()),
+            unit="tok",
+            limit=limit,
+        )
     return rows
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--minutes", type=float, default=5.0, help="start no further case after these")
-    parser.add_argument("--only", type=int, help="trunk length of the one case to run")
-    parser.add_argument("--against", default="", help="only contestants whose name holds this")
+    parser.add_argument("--minutes", type=float, default=5.0, help="start no further contestant after these")
+    parser.add_argument("--only", type=int, help="only cases of this trunk length, no public workloads")
+    parser.add_argument("--against", default="", help="only contestants whose name holds this, no public workloads")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
     cases = SMOKE if options.smoke else ON_CPU if on_cpu else ON_GPU
-    cases = [case for case in cases if options.only in (None, case.trunk)]
-    machine = machine_floor(smoke=options.smoke)
-    rows: list[Measurement] = []
-    model, name = None, None
-
-    def late() -> bool:
-        return time.perf_counter() - STARTED > 60 * options.minutes
-
-    for case in cases:
-        if late():
-            rows.append(Measurement(case.name, "jaxopd engine", note="not started: the minutes were over"))
-            continue
-        if case.model != name:
-            model, name = None, case.model  # frees the model before
-            model = init_model(shape(name), dtype="bfloat16")
-        rows += measured(case, model, machine, options.repeats, options.against)
-    if options.smoke or not (on_cpu or late()):
-        rows += public_workloads(model, machine, options.smoke)
-    named = {"smoke": options.smoke, "repeats": options.repeats, "against": options.against}
-    settings = {**named, "threads": "all cores, torch and jax alike"}
+    others = {
+        case: {name: build for name, build in contestants(case).items() if options.against in name}
+        for case in cases
+        if options.only in (None, case.trunk)
+    }
+    todo = [case for case in others if others[case]]
+    if not todo:
+        parser.error("no case has that trunk length and, in it, a contestant whose name holds that")
+    whole = options.only is None and not options.against
+    settings = {"smoke": options.smoke, "repeats": options.repeats, "against": options.against}
+    settings["threads"] = "all cores, torch and jax alike"
     part = "" if options.only is None else f"_trunk_{options.only}"
-    write(Result(f"bench_rollouts{part}", machine, rows, settings), options.folder)
+    part += f"_against_{re.sub(r'[^a-z0-9.]+', '-', options.against.lower())}" if options.against else ""
+    machine, limit = machine_floor(smoke=options.smoke), 60 * options.minutes
+    rows: list[Measurement] = []
+
+    def save(*, table: bool) -> None:
+        write(Result(f"bench_rollouts{part}", machine, rows, settings), options.folder, table=table)
+
+    for name, group in groupby(todo, lambda case: case.model):
+        model = cache(partial(init_model, shape(name), dtype="bfloat16"))  # at first use, when the one before is gone
+        for case in group:
+            rows += measured(case, others[case], model, machine, options.repeats, limit)
+            save(table=False)
+        if whole and (options.smoke or (name == "0.6B" and not on_cpu)):
+            rows += public_workloads(name, model, options.smoke, limit)
+            save(table=False)
+    save(table=True)
 
 
 if __name__ == "__main__":

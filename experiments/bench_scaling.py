@@ -96,7 +96,7 @@ def measured(run: Run) -> Measurement:
     asked = [run.rollouts, run.slots, run.tokens, int(run.differ)]
     command = [sys.executable, __file__, "--peak", *map(str, asked)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(told.stdout.splitlines()[-1])
     memory = {"rollouts": run.rollouts, "MB held": found["held"] / 1e6, "MB planned": found["planned"] / 1e6}
     case = f"{run.rollouts:,} {run.name}"

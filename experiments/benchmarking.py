@@ -29,6 +29,7 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "liger-kernel", "triton")
 STARTED = time.perf_counter()
+NOT_STARTED = "not started: the minutes were over"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def progress(message: str) -> None:
     print(f"[{time.perf_counter() - STARTED:6.1f} s] {message}", file=sys.stderr, flush=True)
 
 
+def over(seconds: float) -> bool:
+    """Says whether the script has run for longer than that."""
+    return time.perf_counter() - STARTED > seconds
+
+
 def seconds_of(run: Callable[[], Any]) -> float:
     """Times one run, to the moment its arrays are computed."""
     start = time.perf_counter()
@@ -127,34 +133,38 @@ def interleaved(
     reference: str | None = None,
     work: float | None = None,
     unit: str = "",
+    limit: float = float("inf"),
 ) -> list[Measurement]:
     """Times contestants in turns, after one untimed run of each, the first of a round changing from round to round.
 
-    A contestant that leaves its result on a device of another library must wait for it itself. One that raises is
-    reported by its error and leaves the others alone. reference: whose time is ratio 1, default the first.
+    A contestant that leaves its result on a device of another library must wait for it itself. One that raises, in any
+    round, is reported by its error and leaves the others alone; none starts once the script has run for `limit`
+    seconds. reference: whose time is ratio 1, default the first.
     """
     failed: dict[str, str] = {}
-    for name, run in contestants.items():
-        progress(f"{case}: {name}")
-        try:
-            seconds_of(run)
-        except Exception as error:  # what does not fit or is not supported is a finding, not the end of the run
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-    names = [name for name in contestants if name not in failed]
-    reference = next(iter(contestants)) if reference is None else reference
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats):
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(1 + repeats):  # the first is the untimed one
+        names = [name for name in contestants if name not in failed]
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds_of(contestants[name]))
+            if turn == 0:
+                progress(f"{case}: {name}")
+                if over(limit):
+                    failed[name] = NOT_STARTED
+                    continue
+            try:
+                times[name].append(seconds_of(contestants[name]))
+            except Exception as error:  # what does not fit or is not supported is a finding, not the end of the run
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
+    reference = next(iter(contestants)) if reference is None else reference
 
     def measurement(name: str) -> Measurement:
         if name in failed:
             return Measurement(case, name, note=failed[name])
-        taken = np.asarray(times[name])
+        taken = np.asarray(times[name][1:])
         row = Measurement(case, name, float(np.median(taken)), float(np.ptp(taken) / np.median(taken)))
-        if reference in times:
-            ratios = taken / np.asarray(times[reference])
+        if reference in contestants.keys() - failed.keys():
+            ratios = taken / np.asarray(times[reference][1:])
             row = replace(row, ratio=float(np.median(ratios)), ratio_range=(float(ratios.min()), float(ratios.max())))
         return replace(row, work=work, unit=unit)
 
@@ -205,9 +215,13 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
-def write(result: Result, folder: Path) -> Path:
-    """Prints the table, writes it with versions, device and command to folder/NAME_DEVICE.json, returns the path."""
-    _print_table(result)
+def write(result: Result, folder: Path, *, table: bool = True) -> Path:
+    """Writes the rows, versions, device and command to folder/NAME_DEVICE.json, prints the table, returns the path.
+
+    Without the table for what is found so far, so that a script that is killed leaves it.
+    """
+    if table:
+        _print_table(result)
     environment = {
         "command": " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

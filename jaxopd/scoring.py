@@ -193,9 +193,12 @@ def _placed(rows: Any, value: int, mesh: Mesh | None) -> Any:
     """Appends rows up to the next bucket of each device, and spreads them over the mesh's "data"."""
     devices = mesh.shape["data"] if mesh else 1
     missing = bucket(-(-len(rows) // devices), SMALLEST_BLOCK) * devices - len(rows)
-    if mesh is None or missing or not isinstance(rows, jax.Array):
+    if mesh is None:
+        pad = jnp.pad if isinstance(rows, jax.Array) else np.pad
+        return pad(rows, ((0, missing), (0, 0)), constant_values=value) if missing else rows
+    if missing or not isinstance(rows, jax.Array):
         rows = np.pad(np.asarray(fetch(rows)), ((0, missing), (0, 0)), constant_values=value)
-    return rows if mesh is None else place(rows, NamedSharding(mesh, P("data")))
+    return place(rows, NamedSharding(mesh, P("data")))
 
 
 def _vocabulary(vocab_size: int | None, *heads: Array) -> int:

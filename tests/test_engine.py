@@ -11,7 +11,7 @@ from jaxopd.errors import InputError
 from jaxopd.models import QwenConfig, init_model, logits
 from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts import LENGTH, STOP, Engine, Requests, Sampling, decode, rollout
-from jaxopd.rollouts.sampling import draw, request_keys, warp
+from jaxopd.rollouts.sampling import draw_scored, request_keys, warp
 
 CONFIG = QwenConfig(97, 48, 96, 2, 4, 2, 16, max_positions=256, initializer_range=0.15, eos_token_ids=(3,))
 SAMPLING = Sampling(40, stop_ids=(3, 4, 5), seed=7)
@@ -54,7 +54,8 @@ def test_tokens_and_log_probs_are_those_of_a_forward_pass_from_scratch(model, tr
         tokens[i, : len(whole)], mask[i, : len(whole)], start[i] = whole, True, len(given)
     z = np.asarray(logits(model, tokens, mask))
     log_p = np.asarray(jax.nn.log_softmax(z, -1))
-    redraw = jax.jit(lambda z, i: draw(request_keys(np.uint32(SAMPLING.seed), np.arange(40) * 0 + i, np.arange(40)), z))
+    steps = np.arange(40)
+    redraw = jax.jit(lambda z, i: draw_scored(request_keys(np.uint32(SAMPLING.seed), steps * 0 + i, steps), z)[0])
     for i in range(R):
         steps = np.arange(answered.length[i])
         rows = start[i] + steps - 1
@@ -125,7 +126,7 @@ def test_a_million_draws_pass_a_chi_square_test() -> None:
     n, block = 1_000_000, 50_000
     counts = np.zeros(60)
     sampler = jax.jit(
-        lambda ids: draw(request_keys(np.uint32(5), ids, ids * 0), np.broadcast_to(row[None], (block, 60)))
+        lambda ids: draw_scored(request_keys(np.uint32(5), ids, ids * 0), np.broadcast_to(row[None], (block, 60)))[0]
     )
     for low in range(0, n, block):
         counts += np.bincount(np.asarray(sampler(np.arange(low, low + block))), minlength=60)

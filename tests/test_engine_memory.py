@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxopd.errors import InputError
 from jaxopd.models import QwenConfig, init_model
 from jaxopd.models.sharding import device_mesh
-from jaxopd.rollouts import Engine, Requests, Sampling, decode, wave
+from jaxopd.rollouts import Engine, Requests, Sampling, decode, plan, wave
 from jaxopd.rollouts.plan import device_budget
 from jaxopd.rollouts.suffix import PAGE, RING
 
@@ -86,6 +87,33 @@ def test_out_of_memory_is_answered_with_fewer_slots(model, trunks, requests, ans
     np.testing.assert_array_equal(again.finish, answered.finish)
 
 
+def test_a_smaller_plan_leaves_nothing_of_the_one_before(model, trunks, monkeypatch) -> None:
+    """It halves the slots that were used, not those that were asked for; a first block went on where it stopped."""
+    requests, sampling = Requests.continuations(trunks[:1], 8), Sampling(40, stop_ids=tuple(range(20)), seed=3)
+    expected = Engine(model, slots=4, mesh=device_mesh(1)).run(trunks[:1], requests, sampling)
+    original, seen = wave.decode_block, []
+
+    def short_of_memory(*arguments):
+        seen.append(arguments[6].request.size)
+        if len(seen) == 1:
+            *settings, stop = arguments[8]
+            return original(*arguments[:8], (*settings, np.full_like(stop, -1)), arguments[9])
+        if seen[-1] > 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return original(*arguments)
+
+    monkeypatch.setattr(wave, "decode_block", short_of_memory)
+    again = Engine(model, slots=256, mesh=device_mesh(1)).run(trunks[:1], requests, sampling)
+    assert (seen[:3], set(seen[2:])) == ([8, 8, 4], {4})
+    for name in ("tokens", "length", "raw_logp", "sampling_logp", "finish"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(expected, name), err_msg=name)
+
+
+def test_an_engine_without_slots_is_refused(model) -> None:
+    with pytest.raises(InputError, match="slots: found 0, expected at least 1"):
+        Engine(model, slots=0)
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(model, trunks, requests, monkeypatch) -> None:
     def broken(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
@@ -142,6 +170,11 @@ class Accelerator:
 
     def memory_stats(self) -> dict[str, int]:
         return self.stats
+
+
+def test_the_budget_of_a_cpu_is_what_is_free_and_what_the_plan_counts(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "free_memory", lambda: 100)
+    assert [device_budget(device_mesh(), counted) for counted in (0, 50)] == [90, 135]
 
 
 @pytest.mark.parametrize(("counted", "left"), [(0, 0.9 * 300 - 70), (50, 0.9 * 300 - 20), (90, 0.9 * 300)])

@@ -28,10 +28,10 @@ from jaxopd.gradients import (
     renormalize,
     reverse_kl,
     reverse_kl_loss,
-    reward_to_go,
     score_function,
     single_sample,
 )
+from jaxopd.train.rewards import returns_to_go
 
 pytestmark = pytest.mark.fixtures
 
@@ -185,7 +185,7 @@ def test_sampled_policy_gradient_without_minus_one(data, precision):
 @pytest.mark.parametrize("gamma", [0.95, 1.0])
 def test_minillm_reward_to_go(data, precision, gamma):
     mask, n_tokens = masked(data, precision)
-    future = reward_to_go(sampled_log_ratio(data, precision), mask > 0, gamma)
+    future = returns_to_go(np.asarray(sampled_log_ratio(data, precision)), mask > 0, gamma)
     precision.close(future, data[f"minillm/reward_to_go/gamma{gamma}"])
     positions = sampled_positions(data, precision, reward_to_go=jnp.broadcast_to(future[..., None], (6, 9, 53)))
     loss_gradient = descent(minillm, positions) * mask[..., None] / n_tokens
@@ -196,7 +196,7 @@ def test_minillm_reward_to_go(data, precision, gamma):
 
 def test_minillm_eq_2_10_is_a_descent_direction(data, precision):
     mask, _ = masked(data, precision)
-    future = reward_to_go(sampled_log_ratio(data, precision), mask > 0)
+    future = returns_to_go(np.asarray(sampled_log_ratio(data, precision)), mask > 0)
     positions = sampled_positions(data, precision, reward_to_go=jnp.broadcast_to(future[..., None], (6, 9, 53)))
     precision.close(descent(minillm, positions) * mask[..., None], data["grad/minillm_eq2.10_per_token"])
 

@@ -25,7 +25,6 @@ from jaxopd.gradients import (
     minillm,
     renormalize,
     reverse_kl,
-    reward_to_go,
     single_sample,
     surrogate,
 )
@@ -294,11 +293,3 @@ def test_minillm_at_the_last_token_is_the_single_sample(x64, reading):
 
 def test_no_spread_of_rewards_means_no_dr_grpo_signal(x64):
     assert_array_equal(gradient(dr_grpo_std, make_position(advantage_std=0.0)), 0)
-
-
-def test_reward_to_go_is_relative_and_masked(x64):
-    """Numbers of two TRL reports: a discount must count from the position, and padding must not count."""
-    ones, everything = jnp.ones(5), jnp.ones(5, bool)
-    assert_allclose(reward_to_go(ones, everything, 0.9), [4.0951, 3.439, 2.71, 1.9, 1], rtol=1e-12)
-    rewards, mask = jnp.array([[1.5, 1, 2, 2]] * 2), jnp.array([[True] * 4, [True, True, False, False]])
-    assert_array_equal(reward_to_go(rewards, mask), [[6.5, 5, 4, 2], [2.5, 1, 0, 0]])

@@ -58,6 +58,15 @@ def test_streams_of_tiles_give_the_statistics(columns, streams, scale) -> None:
     assert min(got["reverse_kl"].min(), got["forward_kl"].min()) >= 0
 
 
+@pytest.mark.parametrize("gap", [300, 1_000, 20_000])
+def test_columns_of_next_to_no_probability_take_no_digits(gap) -> None:
+    """A student whose first tiles lie far under the others: their log-ratios are far, and weigh nothing."""
+    z_t = (4 * np.random.default_rng(0).standard_normal((64, 1031))).astype(np.float32)
+    z_s = z_t - gap * (np.arange(1031) < 500).astype(np.float32)
+    got, expected = streamed(z_s, z_t, 128, 4), in_float64(z_s, z_t)
+    np.testing.assert_allclose(got["reverse_kl"], expected["reverse_kl"], atol=3e-6, rtol=0)
+
+
 def test_one_pass_at_the_vocabulary_of_qwen3() -> None:
     rng = np.random.default_rng(0)
     z_s = (2.2 * rng.standard_normal((4, 151_936))).astype(np.float32)

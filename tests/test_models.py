@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxopd_kernels import cache_attention
 
 from jaxopd.errors import InputError
 from jaxopd.models import (
@@ -22,7 +23,7 @@ from jaxopd.models import (
     save_checkpoint,
     save_model,
 )
-from jaxopd.models.attention import causal_attention, masked_attention, merge
+from jaxopd.models.attention import causal_attention, combine
 from jaxopd.models.config import Yarn
 from jaxopd.models.qwen import linear, rotary_tables, rotate
 from jaxopd.models.weights import hf_name
@@ -219,11 +220,12 @@ def test_attention_in_blocks_and_in_parts():
         np.testing.assert_allclose(np.asarray(found)[0], expected, rtol=1e-5, atol=1e-6)
 
     early = np.arange(11) < 5  # rows 0 to 4 have no key in the second part
-    parts = [masked_attention(*arrays, jnp.asarray(causal & side)[None]) for side in (early[None], ~early[None])]
-    (out_a, lse_a), (out_b, lse_b) = parts
-    np.testing.assert_allclose(np.asarray(merge(out_a, lse_a, out_b, lse_b))[0], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(np.logaddexp(np.asarray(lse_a), np.asarray(lse_b))[0], lse, rtol=1e-5, atol=1e-5)
-    assert not np.asarray(out_b)[0, :5].any()
+    cached = arrays[0], *(x.swapaxes(1, 2) for x in arrays[1:])
+    parts = [cache_attention(*cached, jnp.asarray(causal & side)[None]) for side in (early[None], ~early[None])]
+    whole, whole_lse = combine(*parts)
+    np.testing.assert_allclose(whole[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(whole_lse[0], lse, rtol=1e-5, atol=1e-5)
+    assert not np.asarray(parts[1][0])[0, :5].any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -23,7 +23,7 @@ from jaxopd.train.objectives import (
     position_loss,
     update_loss,
 )
-from jaxopd.train.rewards import group_advantages, token_weights
+from jaxopd.train.rewards import group_advantages, returns_to_go, token_weights
 from jaxopd.train.supports import support_mask, with_mass
 
 P = np.array([[0.5, 0.3, 0.1, 0.06, 0.04], [0.25, 0.05, 0.4, 0.2, 0.1], [0.6, 0.3, 0.04, 0.03, 0.03]])
@@ -313,14 +313,38 @@ def test_reductions_ignore_padding_and_how_a_batch_is_written(reduction):
     assert not token_weights(np.zeros((2, 3)), reduction, 10).any()
 
 
+def test_rewards_to_go_are_relative_and_masked():
+    """Numbers of two TRL reports: a discount must count from the position, and padding must not count."""
+    found = returns_to_go(np.ones((1, 5)), np.ones((1, 5), bool), 0.9)
+    assert_allclose(found, [[4.0951, 3.439, 2.71, 1.9, 1]], rtol=1e-12)
+    rewards, mask = np.array([[1.5, 1, 2, 2]] * 2), np.array([[True] * 4, [True, True, False, False]])
+    assert_allclose(returns_to_go(rewards, mask), [[6.5, 5, 4, 2], [2.5, 1, 0, 0]], rtol=0)
+
+
 def test_bad_settings_are_named():
     for bad, expected in (
         ({"objective": "kl"}, "objective: found 'kl', expected one of sampled"),
         ({"k": 0}, "k: found 0, expected at least 1"),
         ({"support": "both"}, "support: found 'both'"),
         ({"mass": "raw"}, "mass: found 'raw' with reverse KL"),
-        ({"objective": "full", "reward_scale": 2.0}, "reward_scale: found 2.0"),
+        ({"mass": "raw", "divergence": "jsd", "beta": 1.0}, "mass: found 'raw' with reverse KL"),
+        ({"mass": "tail", "reward_scale": 2.0}, "reward_scale: found 2.0 with mass 'tail'"),
+        ({"divergence": "kl"}, "divergence: found 'kl', expected one of 'reverse_kl'"),
+        ({"outcome": "ppo"}, "outcome: found 'ppo', expected one of ''"),
+        ({"objective": "grpo", "outcome": "grpo"}, "outcome: found 'grpo' mixed into grpo, expected a distillation"),
+        ({"outcome": "grpo", "outcome_weight": -1.0}, "outcome_weight: found -1.0, expected more than 0"),
         ({"discount": 1.5}, "discount: found 1.5"),
+        ({"objective": "full", "reward_scale": 2.0}, "reward_scale: found 2.0, which the objective full does not read"),
+        ({"objective": "full", "importance": "none"}, "importance: found 'none', which .* not read, expected 'clip'"),
+        ({"objective": "sampled", "support": "union"}, "support: found 'union', which"),
+        ({"objective": "topk_thunlp", "mass": "tail"}, "mass: found 'tail', which"),
+        ({"objective": "gkd", "divergence": "jsd"}, "divergence: found 'jsd', which"),
+        ({"beta": 0.1}, "beta: found 0.1, which"),
+        ({"weighting": "teacher"}, "weighting: found 'teacher', which"),
+        ({"objective": "grpo", "discount": 0.9}, "discount: found 0.9, which"),
+        ({"outcome_weight": 2.0}, "outcome_weight: found 2.0, which"),
+        ({"objective": "sampled", "importance": "none", "clip_low": 0.1}, "clip_low: found 0.1, which"),
+        ({"objective": "sampled", "truncation": 3.0}, "truncation: found 3.0, which"),
     ):
         with pytest.raises(InputError, match=expected):
             ObjectiveConfig(**bad)

@@ -11,7 +11,7 @@ from scipy import stats
 from jaxopd.models import QwenConfig, init_model, logits
 from jaxopd.models.sharding import device_mesh
 from jaxopd.rollouts import Engine, Requests, Sampling
-from jaxopd.rollouts.sampling import draw_spread, request_keys
+from jaxopd.rollouts.sampling import draw_spread, request_keys, tile_width, warp
 
 DRAWS = 100_000
 
@@ -38,6 +38,21 @@ def test_tokens_have_their_probabilities(drawn) -> None:
     kept = expected > 0
     assert stats.chisquare(observed[kept], expected[kept]).pvalue > 1e-3
     np.testing.assert_allclose(log_prob, np.log(p[token]), atol=2e-6)
+
+
+def test_sums_that_rounding_moves_choose_no_impossible_token() -> None:
+    """At the sums of tiles themselves, of a vocabulary with 50 tokens left: XLA's cumulative sums rise anywhere."""
+    V, B = 151_936, 64
+    rng = np.random.default_rng(0)
+    logits = warp(jnp.asarray(3 * rng.normal(size=(B, V)), jnp.float32), 1.0, 1.0, 50)
+    tiles = np.asarray(logits).reshape(B, -1, tile_width(V))
+    upper = np.asarray(jnp.cumsum(jax.nn.softmax(jax.nn.logsumexp(tiles, -1), -1), -1))
+    keys = request_keys(jnp.uint32(1), jnp.arange(B), jnp.zeros(B, jnp.int32))
+    draws = jax.jit(draw_spread)
+    for tile in rng.integers(0, upper.shape[1], 12):
+        u = np.minimum(upper[:, tile] / upper[:, -1], np.float32(1 - 2.0**-24))
+        _, log_prob, left = draws(u, jnp.zeros(B), keys, logits)
+        assert np.isfinite(np.stack([log_prob, left])).all()
 
 
 def test_the_token_is_the_one_at_the_number(drawn) -> None:

@@ -16,6 +16,7 @@ from jaxopd.rollouts import rollout
 from jaxopd.runs import RunFolder
 from jaxopd.tasks import find_task
 from jaxopd.tasks.demonstrations import Demonstration, save_demonstrations
+from jaxopd.train import preflight as preflights
 from jaxopd.train.config import GateConfig, TrainConfig
 from jaxopd.train.corpus import CorpusConfig, load_corpus, write_corpus
 from jaxopd.train.evaluate import EvalConfig, evaluate, summary
@@ -125,17 +126,42 @@ def test_several_updates_a_batch_use_the_importance_ratio(tmp_path):
     assert np.isfinite(clipped["train/loss"])
 
 
-def test_preflight_of_a_good_pair_and_of_none():
-    good = preflight(replace(BASE, batch=12, rollouts=4))
+def test_preflight_of_a_good_pair_and_of_none(corpus):
+    good = preflight(replace(BASE, batch=12, rollouts=4, corpus=str(corpus[0])))
     assert good.figures["floor/reverse_kl"] < 1e-5
     assert good.figures["rollout/mismatch_max"] < 1e-3
     assert good.figures["accuracy/T2"] > good.figures["accuracy/student"]
     assert good.go, good.reasons
-    twin = preflight(replace(BASE, teacher=(f"S={S}",), batch=12, rollouts=4, seed=1))
-    assert twin.figures["overlap/ratio"] == 1.0
+    assert not any("T2" in caution for caution in good.cautions)
+    one = preflight(replace(BASE, batch=1, rollouts=1))
+    assert one.go, one.reasons
+    assert any("(95 % interval -1.000 to 1.000), which may be chance" in caution for caution in one.cautions)
     worse = preflight(replace(BASE, student=T2, teacher=(f"S={S}",), rollouts=4))
     assert not worse.go
     assert any("nothing to learn" in reason for reason in worse.reasons)
+
+
+def test_preflight_asks_each_teacher_its_own_questions_as_the_student(monkeypatch):
+    asked = []
+
+    class Recorder(preflights.Engine):
+        def run(self, prompts, requests, sampling):
+            asked.append((len(prompts), sampling.temperature, sampling.top_p))
+            return super().run(prompts, requests, sampling)
+
+    monkeypatch.setattr(preflights, "Engine", Recorder)
+    config = replace(BASE, teacher=(f"T2={T2}", f"S={S}", f"T3={T2}"), route=("chain=S",), temperature=0.9, top_p=0.8)
+    found = preflight(config)
+    assert asked == [(8, 0.9, 0.8), (4, 0.9, 0.8)]
+    assert any("S is the student" in reason for reason in found.reasons)
+    assert any("no question of the batch is routed to teacher T3" in caution for caution in found.cautions)
+
+
+def test_preflight_refuses_what_scores_nothing():
+    with pytest.raises(InputError, match="objective: found sft, expected one that scores responses"):
+        preflight(replace(BASE, objective=ObjectiveConfig("sft")))
+    with pytest.raises(InputError, match="--teacher: found none, expected at least one to compare with the student"):
+        preflight(replace(BASE, teacher=(), objective=ObjectiveConfig("grpo")))
 
 
 def test_a_self_teacher_reads_demonstrations(tmp_path):

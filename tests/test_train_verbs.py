@@ -80,11 +80,12 @@ def test_corpus_says_what_it_left_out(tmp_path):
 def test_preflight_of_a_model_with_itself_is_no_go(tmp_path):
     screen, file = Console(file=io.StringIO(), width=200), tmp_path / "figures.json"
     shared = {"task": "toy", "questions": "all:4:9", "batch": 12, "mini_batch": 12, "micro_batch": 48, "max_tokens": 80}
-    verb = Preflight(student=T2, teacher=(f"S={S}",), out=str(file), **shared)
+    verb = Preflight(student=S, teacher=(f"S={S}",), out=str(file), **shared)
     with pytest.raises(SystemExit) as stopped:
         verb.run(screen)
     assert stopped.value.code == 4
     found = json.loads(file.read_text())
     assert found["go"] is False
-    assert any("nothing to learn" in reason for reason in found["reasons"])
+    assert found["reasons"] == ["teacher S is the student, but for rounding: nothing to learn"]
+    assert found["figures"]["overlap/ratio"] == 1.0
     assert "no-go" in screen.file.getvalue()

@@ -10,7 +10,7 @@ from jaxopd_kernels import NO_KEYS, TRUNK_IMPLEMENTATIONS, trunk_attention, trun
 from jaxopd_kernels.trunk_attention import chosen_implementation
 from jaxopd_kernels.trunk_attention_rows import fold_rows, needed_tiles, unfold_rows, whole_tiles
 
-from jaxopd.models.attention import merge
+from jaxopd.models.attention import combine
 
 B, H, K, L, h = 5, 6, 2, 40, 8
 
@@ -69,7 +69,7 @@ def test_merging_two_parts_is_attention_to_both(cut) -> None:
     end = jnp.full(B, cut)
     first, first_lse = trunk_attention(q, k, v, end)
     second, second_lse = trunk_attention(q, jnp.roll(k, -cut, 1), jnp.roll(v, -cut, 1), L - end)
-    merged = merge(first[None], first_lse[None], second[None], second_lse[None])[0]
+    merged = combine((first, first_lse), (second, second_lse))[0]
     np.testing.assert_allclose(merged, whole, atol=2e-6)
 
 

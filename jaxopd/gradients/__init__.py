@@ -38,7 +38,7 @@ from jaxopd.gradients.policy import (
     truncated_surrogate,
 )
 from jaxopd.gradients.rewarded import dr_grpo, dr_grpo_std, ideal
-from jaxopd.gradients.sampled import minillm, reward_to_go, score_function, single_sample
+from jaxopd.gradients.sampled import minillm, score_function, single_sample
 
 FORMS: Mapping[str, Form] = MappingProxyType(
     {
@@ -83,7 +83,6 @@ __all__ = [
     "returns",
     "reverse_kl",
     "reverse_kl_loss",
-    "reward_to_go",
     "score_function",
     "single_sample",
     "surrogate",

@@ -106,7 +106,7 @@ def _k3(log_ratio: Array) -> Array:
     return jnp.clip(jnp.exp(bounded) - bounded - 1.0, -10.0, 10.0)
 
 
-# Of log p - log q at a token drawn from P; each has mean reverse KL or bounds it.
+# Of log p - log q at a token drawn from P. k1 and unclamped k3 have mean reverse KL; k2 where P and Q are close.
 ESTIMATES: dict[str, Callable[[Array], Array]] = {
     "k1": lambda x: x,
     "abs": jnp.abs,

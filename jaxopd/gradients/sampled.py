@@ -1,8 +1,7 @@
 """Forms estimated from on-policy samples: the single-sample reverse KL and MiniLLM."""
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxopd.gradients.core import LOG_ZERO, Position, finite_log, probability
 
@@ -25,17 +24,3 @@ def single_sample(position: Position) -> Float[Array, "K"]:
 def minillm(position: Position) -> Float[Array, "K"]:
     """Return f of MiniLLM, w = sum_{t' >= t} (log q - log p) - 1: Eq. 2.10 of paper A with the sign of ascent."""
     return score_function(position, position.reward_to_go - 1.0)
-
-
-def reward_to_go(
-    reward: Float[Array, "*batch T"], response_mask: Bool[Array, "*batch T"], gamma: float = 1.0
-) -> Float[Array, "*batch T"]:
-    """Sum the rewards from each position to the end: R_t = r_t + gamma R_{t+1}, masked positions counting 0."""
-    reward = jnp.where(response_mask, reward, 0.0)
-
-    def step(later: Array, now: Array) -> tuple[Array, Array]:
-        total = now + gamma * later
-        return total, total
-
-    _, totals = jax.lax.scan(step, jnp.zeros_like(reward[..., 0]), jnp.moveaxis(reward, -1, 0), reverse=True)
-    return jnp.where(response_mask, jnp.moveaxis(totals, 0, -1), 0.0)

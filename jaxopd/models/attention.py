@@ -11,30 +11,10 @@ from jaxtyping import Array, Bool, Float
 BLOCK = 512  # queries of a sequence that `causal_attention` takes at a time
 
 
-def masked_attention(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
-    mask: Bool[Array, "B T S"],
-) -> Part:
-    """Does what `cache_attention` does, for keys and values as a layer makes them, sequence before heads."""
-    return cache_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-
-
 def combine(a: Part, b: Part) -> Part:
     """Joins attention over two disjoint sets of keys: (e^{lse_a} out_a + e^{lse_b} out_b) / (e^{lse_a} + e^{lse_b})."""
     lse = jnp.logaddexp(a[1], b[1])
     return jnp.exp(a[1] - lse)[..., None] * a[0] + jnp.exp(b[1] - lse)[..., None] * b[0], lse
-
-
-def merge(
-    out_a: Float[Array, "B T H h"],
-    lse_a: Float[Array, "B T H"],
-    out_b: Float[Array, "B T H h"],
-    lse_b: Float[Array, "B T H"],
-) -> Float[Array, "B T H h"]:
-    """Gives the output of `combine` alone."""
-    return combine((out_a, lse_a), (out_b, lse_b))[0]
 
 
 def causal_attention(

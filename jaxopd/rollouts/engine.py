@@ -51,7 +51,7 @@ class Engine:
     over "data" too are gathered by XLA once for all steps of a program, of every layer, which the memory plan counts.
 
     A memory plan made before each run says how many of the slots are used; it is logged. Where the device runs out of
-    memory all the same, the requests not yet answered start again with half the slots and give the same tokens.
+    memory all the same, the requests not yet answered start again with half the slots, and draw the same numbers.
     budget: bytes the run may use, default what the devices report. attention: how slots attend to their trunk, a name
     of jaxopd_kernels.TRUNK_IMPLEMENTATIONS, default a kernel where its rule expects one to win.
     """
@@ -65,6 +65,8 @@ class Engine:
         budget: int | None = None,
         attention: str | None = None,
     ):
+        if slots < 1:
+            raise InputError(f"slots: found {slots}, expected at least 1")
         self.config, self.dtype = model.config, model.dtype
         self.slots, self.budget, self.attention = slots, budget, attention
         # Split once: walking the module at each call would cost more than a step of a small model.
@@ -82,8 +84,10 @@ class Engine:
         finish, length = np.full(R, -1, np.int8), np.zeros(R, np.int32)
         tokens, raw, sampled = np.zeros((R, 0), np.int32), np.zeros((R, 0), np.float32), np.zeros((R, 0), np.float32)
         while (finish < 0).any():
+            unanswered = np.flatnonzero(finish < 0)
+            plan = self._plan(trunks, requests, unanswered, sampling, slots)
             try:
-                for new in self._decode(trunks, requests, np.flatnonzero(finish < 0), sampling, slots):
+                for new in self._decode(trunks, requests, unanswered, sampling, plan):
                     # Few rollouts are as long as they may be: columns are added as they are needed.
                     if (needed := int(new.step.max(initial=-1)) + 1) > tokens.shape[1]:
                         width = min(sampling.max_tokens, bucket(needed))
@@ -94,10 +98,13 @@ class Engine:
                     finish[new.row[ended]], length[new.row[ended]] = new.reason[ended], new.step[ended] + 1
             except jax.errors.JaxRuntimeError as error:
                 # Other processes may not have run out, and would go on with as many slots as before.
-                if "RESOURCE_EXHAUSTED" not in str(error) or slots <= self.mesh.shape["data"] or several():
+                tried, least = plan.groups * plan.slots, self.mesh.shape["data"]
+                if "RESOURCE_EXHAUSTED" not in str(error) or tried <= least or several():
                     raise
-                slots = max(self.mesh.shape["data"], slots // 2)
+                slots = max(least, tried // 2)
                 log.warning("out of device memory: the unanswered requests start again with %d slots", slots)
+                again = finish < 0
+                tokens[again], raw[again], sampled[again] = -1, 0.0, 0.0
         longest = int(length.max(initial=0))
         return Rollouts(tokens[:, :longest], length, raw[:, :longest], sampled[:, :longest], finish)
 
@@ -150,13 +157,12 @@ class Engine:
             raise InputError(f"requests: found forced token {requests.forced.max()}, expected under {vocabulary}")
 
     def _decode(
-        self, trunks: list[np.ndarray], requests: Requests, unanswered: np.ndarray, sampling: Sampling, slots: int
+        self, trunks: list[np.ndarray], requests: Requests, unanswered: np.ndarray, sampling: Sampling, plan: MemoryPlan
     ) -> Iterator[Drawn]:
         """Serves trunks in waves, the largest queues first, so that queues side by side finish together.
 
         A wave's prefill is dispatched once the queue before it is empty, while its last rollouts still run.
         """
-        plan = self._plan(trunks, requests, unanswered, sampling, slots)
         log.info("memory plan: %s", plan)
         # Early cuts first: their rollouts have the most to write, and cuts in flight together stay close.
         order = unanswered[np.lexsort((requests.cut[unanswered], requests.trunk[unanswered]))]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxopd.types import bucket
 
 HELD = 0.25  # of max_tokens, the private tokens a slot is planned for: lengths differ, and slots are refilled
 USABLE = 0.9  # of the memory the device reports
+MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def plan_memory(
     With e bytes a number, c = 2 layers K h e bytes a cached token, L the trunk's bucket, S = N B slots, W the ring:
 
         trunks     N L c, twice where another wave follows (its prefill starts before this one ends)
-        suffix     S max(W, HELD max_tokens) c
+        suffix     S W c, and in pages, where rollouts outgrow the ring, S HELD max_tokens c; all at their limit would
+                   need 1 / HELD times the pages, and meet a smaller plan once the device runs out
         workspace  the larger of `decode_bytes` and `prefill_bytes`: a device runs one program at a time; and what is
                    `gathered` of matrices split over "data", by XLA once for all steps of a program, of every layer
 
@@ -84,7 +87,8 @@ def plan_memory(
         prefill = copies * prefill_bytes(spread, N, prefill_block(config, N, L))
         by_kernel = Layout(N, B, mesh, attention, heads).implementation(dtype, L, config.head_dim) != "xla"
         workspace = gathered + max(prefill, decode_bytes(spread, S, 0 if by_kernel else L))
-        suffix = S * max(ring_width(max_tokens), int(HELD * max_tokens)) * token
+        width = ring_width(max_tokens)
+        suffix = S * (width + (int(HELD * max_tokens) if max_tokens > width else 0)) * token
         plan = MemoryPlan(N, B, weights, copies * waves * N * L * token, suffix, workspace, budget)
         if plan.total <= budget or slots <= rows:
             return plan
@@ -134,9 +138,12 @@ def _local_budget(mesh: jax.sharding.Mesh, counted: int) -> int:
     if all("bytes_limit" in s for s in stats):
         held = sum(s.get("bytes_in_use", 0) for s in stats)
         return int(USABLE * sum(s["bytes_limit"] for s in stats)) - max(0, held - counted)
-    return int(USABLE * free_memory())
+    return int(USABLE * (free_memory() + counted))
 
 
 def free_memory() -> int:
-    """Gives the bytes of memory that nothing uses on this machine."""
+    """Gives the bytes of this machine's memory that can be had; of Linux with what only caches files."""
+    if MEMINFO.exists():
+        kilobytes = dict(line.split()[:2] for line in MEMINFO.read_text().splitlines())
+        return 1024 * int(kilobytes["MemAvailable:"])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -33,7 +33,11 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, good, expected in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "a finite number, 0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-6 <= self.temperature < float("inf"),
+                "0, or a number from 1e-6",
+            ),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 or more"),
         ):
@@ -89,13 +93,10 @@ def _tiled(logits: Float[Array, "B V"]) -> Float[Array, "B tiles width"]:
     return jnp.pad(logits, ((0, 0), (0, tiles * width - V)), constant_values=-jnp.inf).reshape(B, tiles, width)
 
 
-def draw(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """Draws one token a row from softmax(logits), each row with its own key."""
-    return draw_scored(keys, logits)[0]
-
-
 def draw_scored(keys: Key[Array, " B"], logits: Float[Array, "B V"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Draws one token a row from softmax(logits) and gives its log-probability: first a tile by its mass, then in it.
+    """Draws one token a row, each with its key, from softmax(logits), and gives its log-probability.
+
+    First a tile by its mass, then a token in it.
 
     P(token) = P(tile) P(token | tile), so it is exact, for about 2 sqrt(V) random numbers a row instead of V.
     mode="high" spends two words a number: the default biases events under 1e-7.
@@ -136,9 +137,10 @@ def draw_spread(
 
 def _inverted(u: Float[Array, " B"], p: Float[Array, "B K"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Finds the event k with sum_{<k} p <= u < sum_{<=k} p, and u's place in it."""
-    upper = jnp.cumsum(p, -1)
-    u = jnp.minimum(u, BELOW_ONE) * upper[:, -1]  # rounding leaves the sum next to 1
-    event = (upper <= u[:, None]).sum(-1)
+    # XLA adds in blocks: these sums may rise at an event of probability 0, or fall, and end next to 1.
+    upper = jnp.where(p > 0, jnp.cumsum(p, -1), 0.0)
+    u = jnp.minimum(u, BELOW_ONE) * upper.max(-1)
+    event = jnp.argmax(upper > u[:, None], -1)
     high, width = (jnp.take_along_axis(x, event[:, None], 1)[:, 0] for x in (upper, p))
     return event, jnp.clip((u - high + width) / width, 0.0, BELOW_ONE)
 

@@ -57,7 +57,8 @@ class Collector:
         for row, line in zip(tokens, rows):
             row[: len(line.tokens)] = line.tokens
         question = np.array([row.question for row in rows])
-        return self._batch(question, tokens[:, : self.config.max_tokens], np.zeros(len(rows), bool))
+        most = self.config.max_tokens
+        return self._batch(question, tokens[:, :most], np.array([len(row.tokens) > most for row in rows]))
 
     def roll_out(self, params: nnx.State, questions: Int[np.ndarray, "Q"], n: int, seed: int) -> Batch:
         """Samples n responses of the student to each question, and grades them."""

@@ -76,7 +76,8 @@ class TrainConfig:
     max_tokens: int = 7168
     """Longest response, tokens."""
     temperature: float = 1.0
-    """Of rollouts."""
+    """Of rollouts. Objectives of the sampled token (sampled, minillm, grpo, an outcome) take it for a draw from the
+    student itself: with another temperature or top_p than 1 their gradient is biased."""
     top_p: float = 1.0
     """Of rollouts."""
     learning_rate: float = 1e-6
@@ -139,10 +140,14 @@ class TrainConfig:
             raise InputError("probe_every: found with the objective sft, expected one that scores responses")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate: found {self.learning_rate}, expected a positive number")
-        if make_objective(self.objective).from_teacher and not self.teacher:
-            raise InputError(
-                f"--teacher: found none, expected at least one for the objective {self.objective.objective}"
-            )
+        objective, name = make_objective(self.objective), self.objective.objective
+        if objective.from_teacher and not self.teacher:
+            raise InputError(f"--teacher: found none, expected at least one for the objective {name}")
+        if self.corpus and objective.reach == "sampled" and name != "sft":
+            raise InputError(f"corpus: found one for {name}, which is of the student's own draws; expected none")
+        if (objective.from_reward or self.objective.outcome) and self.group < 2:
+            found = f"found groups of {self.group}, whose rewards have no baseline"
+            raise InputError(f"rollouts: {found}; expected 2 or more of the student's own, no corpus")
 
     @property
     def group(self) -> int:

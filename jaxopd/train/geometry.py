@@ -29,8 +29,8 @@ from jaxopd.rollouts.sampling import seed_of
 from jaxopd.train.collect import Collector, Micro
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.gates import AlignmentTable, gate_weights
-from jaxopd.train.objectives import make_objective
-from jaxopd.train.step import LossSettings, Targets, response_states
+from jaxopd.train.objectives import ObjectiveConfig, make_objective
+from jaxopd.train.step import LossSettings, Sums, Targets, response_states
 from jaxopd.train.targets import make_targets, reduced
 
 
@@ -43,9 +43,7 @@ class Trained(Protocol):
     params: nnx.State
     table: AlignmentTable | None
 
-    def gradients(
-        self, micros: list[Micro], targets: Targets, settings: LossSettings | None = None
-    ) -> tuple[Array, nnx.State]: ...
+    def gradients(self, micros: list[Micro], targets: Targets, settings: LossSettings | None = None) -> Sums: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def probe(trainer: Trained, seed: int = 0) -> tuple[Probe, Collector, Micro]:
     # Groups of half the size: each half has its own baseline, so that the two are independent.
     halved = replace(config, corpus="", rollouts=config.probe_rollouts // 2)  # the probe has groups, a corpus has none
     half = np.arange(len(batch.question)) // halved.rollouts % 2
-    outcome = replace(config.objective, objective="dr_grpo", outcome="", importance="none")
+    outcome = ObjectiveConfig("dr_grpo", config.objective.k, importance="none")
     success = replace(halved, objective=outcome, reduction="sequence_sum")
     settings = replace(trainer.settings, objective=make_objective(outcome), config=outcome, outcome=False)
     sides = (

@@ -98,9 +98,9 @@ class Trainer:
 
     def run(self) -> Qwen:
         """Trains to the configured step and saves the student as a Hugging Face folder in OUT/student."""
-        self.report(str(self.plan))
-        if self.step >= self.config.steps:
-            self.report(f"{self.out}: made {self.step} steps, asked for {self.config.steps}: nothing is left to train")
+        left = self.config.steps - self.step
+        done = f"{self.out}: made {self.step} steps, asked for {self.config.steps}: nothing is left to train"
+        self.report(str(self.plan) if left > 0 else done)
         with self.claims.alone(WHOLE):
             decided(self.checkpoints.check_unchanged)  # nobody held the run since it was restored
             self.log.resume(self.step)

@@ -19,7 +19,7 @@ POSITION_BINS = 8
 
 @dataclass(frozen=True)
 class Scored:
-    """Student P and teacher Q at B x S positions of responses that the student drew; full vocabulary, nats.
+    """Student P and teacher Q at B x S positions of the responses of a batch; full vocabulary, nats.
 
     student_ids, teacher_ids  [B, S, k] their k most probable tokens
     log_p, log_q              [B, S, 2k] at [student_ids, teacher_ids]
@@ -62,22 +62,24 @@ def mean_over(values: Float[Array, "*B"], mask: Bool[Array, "*B"]) -> float:
 def overlap_metrics(scored: Scored, advantage: Float[np.ndarray, "B S 2k"] | None = None) -> dict[str, float]:
     """Compute overlap ratio, overlap-token advantage and overlap mass, by every definition.
 
-    advantage: what the training objective gives each candidate, which is what thunlp averages; by default that of
-    topk_thunlp on the student's top k.
+    advantage: what the training objective gives each candidate, 0 outside its support, which is what thunlp averages;
+    by default that of topk_thunlp on the student's top k.
     """
     k, mask = scored.k, scored.mask
-    shared = np.asarray(top_masks(scored.student_ids, scored.teacher_ids)[0]) & mask[..., None]
+    both = np.concatenate(top_masks(scored.student_ids, scored.teacher_ids), -1) & mask[..., None]
+    shared = both[..., :k]
     log_p, log_q = scored.log_p[..., :k].astype(np.float64), scored.log_q[..., :k].astype(np.float64)
     p, q = np.where(shared, np.exp(log_p), 0.0), np.where(shared, np.exp(log_q), 0.0)
     count, some = shared.sum(-1), shared.any(-1)
     inside = _renormalized_advantage(log_p, log_q, p, q, shared) / np.maximum(count, 1)
     if advantage is None:
-        advantage = direct_advantage(log_p, log_q)
+        advantage = np.concatenate([direct_advantage(log_p, log_q), np.zeros_like(log_p)], -1)
     verl = np.where(shared, -np.exp(log_q) * (log_q - log_p), 0.0).sum(-1) / np.maximum(count, 1)
     found = {
         "overlap/ratio": mean_over(count / k, mask),
         "overlap/advantage_paper": mean_over(inside, some),
-        "overlap/advantage_thunlp": mean_over(advantage[..., :k], shared),
+        # A shared token is a candidate twice, once in each half, and at most one of them is in the support.
+        "overlap/advantage_thunlp": 2 * mean_over(advantage, both),
         "overlap/advantage_verl": mean_over(verl, some),
         "overlap/mass_student_paper": mean_over(p.sum(-1), mask),
         "overlap/mass_teacher_paper": mean_over(q.sum(-1), mask),
@@ -100,19 +102,6 @@ def _renormalized_advantage(log_p: np.ndarray, log_q: np.ndarray, p: np.ndarray,
     mass_p, mass_q = (np.maximum(x.sum(-1, keepdims=True), 1e-300) for x in (p, q))
     ratio = np.where(kept, log_q - log_p, 0.0) - np.log(mass_q) + np.log(mass_p)
     return np.where(kept, p / mass_p * ratio, 0.0).sum(-1)
-
-
-def extreme_metrics(
-    scored: Scored, advantage: Float[np.ndarray, "B S 2k"], kept: Bool[np.ndarray, "B S 2k"], name: str
-) -> dict[str, float]:
-    """Follow the token of the largest and of the smallest advantage of each position: A, P and Q there (thunlp)."""
-    kept = kept & scored.mask[..., None]
-    some, found = kept.any(-1), {}
-    for end, sign in (("max", 1.0), ("min", -1.0)):
-        at = np.argmax(np.where(kept, sign * advantage, -np.inf), -1)[..., None]
-        for key, values in (("advantage", advantage), ("p", np.exp(scored.log_p)), ("q", np.exp(scored.log_q))):
-            found[f"extreme/{end}_{key}_{name}"] = mean_over(np.take_along_axis(values, at, -1)[..., 0], some)
-    return _present(found)
 
 
 def largest_advantage_gap(scored: Scored, advantage: Float[np.ndarray, "B S 2k"]) -> float:

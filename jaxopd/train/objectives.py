@@ -9,7 +9,7 @@ them through the importance ratio. In both, the minus sign is that of the surrog
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,21 @@ from jaxopd.gradients import (
     truncated_surrogate,
 )
 from jaxopd.gradients.core import LOG_ZERO, probability
-from jaxopd.train.supports import MASSES, SUPPORTS, Mass, Support, with_mass
+from jaxopd.train.supports import Mass, Support, with_mass
 
 Reach = Literal["full", "support", "sampled"]  # the tokens an objective needs at each position
 Importance = Literal["clip", "truncate", "none"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
+Weighting = Literal["student", "teacher", "uniform"]
+Outcome = Literal["", "grpo", "dr_grpo"]
+CHOICES: dict[str, Any] = {
+    "support": Support,
+    "mass": Mass,
+    "divergence": Divergence,
+    "weighting": Weighting,
+    "outcome": Outcome,
+    "importance": Importance,
+}
 Loss = Callable[[Float[Array, "K"], Float[Array, "K"]], Float[Array, ""]]
 
 
@@ -78,18 +89,18 @@ class ObjectiveConfig:
     support: Support = "student"
     """student, teacher, overlap, union or non_overlap, of the two top-k sets."""
     mass: Mass = "renormalized"
-    """Probability outside the support of topk_paper: renormalized away, a tail bucket, or raw (forward KL alone)."""
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """Probability outside the support of topk_paper: renormalized away, a tail bucket, or raw (not of reverse KL)."""
+    divergence: Divergence = "reverse_kl"
     """Divergence of full and topk_paper."""
     beta: float = 0.5
     """Mixture weight of gkd and jsd: M = beta Q + (1 - beta) P; 0 is forward and 1 reverse KL."""
-    weighting: Literal["student", "teacher", "uniform"] = "student"
+    weighting: Weighting = "student"
     """Weights of topk_thunlp."""
-    discount: float = 0.0
-    """Of future rewards in sampled objectives, per token; minillm takes 1 unless this is set."""
+    discount: float | None = None
+    """Of future rewards in sampled objectives, per token; by default 0, of minillm 1."""
     reward_scale: float = 1.0
     """lambda of reward extrapolation: the teacher becomes base + lambda (teacher - base) in log-probabilities."""
-    outcome: Literal["", "grpo", "dr_grpo"] = ""
+    outcome: Outcome = ""
     """Outcome reward mixed into a distillation objective."""
     outcome_weight: float = 1.0
     """Its coefficient."""
@@ -109,14 +120,13 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective: found {self.objective!r}, expected one of {', '.join(OBJECTIVES)}")
-        for name, known in (("support", SUPPORTS), ("mass", MASSES), ("importance", get_args(Importance))):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        if self.k < 1:
-            raise InputError(f"k: found {self.k}, expected at least 1")
-        if not 0 <= self.discount <= 1:
-            raise InputError(f"discount: found {self.discount}, expected 0 to 1")
+        for name, choice in CHOICES.items():
+            if (value := getattr(self, name)) not in get_args(choice):
+                raise InputError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choice)))}")
         for name, good, expected in (
+            ("k", self.k >= 1, "at least 1"),
+            ("discount", self.discount is None or 0 <= self.discount <= 1, "0 to 1"),
+            ("outcome_weight", self.outcome_weight > 0, "more than 0"),
             ("clip_low", 0 <= self.clip_low < 1, "0 or more, and less than 1"),
             ("clip_high", self.clip_high >= 0, "0 or more"),
             ("truncation", self.truncation > 0, "more than 0"),
@@ -124,15 +134,52 @@ class ObjectiveConfig:
         ):
             if not good:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected {expected}")
-        if self.mass == "raw" and self.objective == "topk_paper" and self.divergence == "reverse_kl":
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and not _reads(self).get(field.name, True):
+                found = f"found {value!r}, which the objective {self.objective} does not read"
+                raise InputError(f"{field.name}: {found}, expected {field.default!r}")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        objective = make_objective(self)
+        if self.outcome and objective.from_reward:
+            raise InputError(f"outcome: found {self.outcome!r} mixed into {self.objective}, expected a distillation")
+        if self.objective != "topk_paper" or self.mass == "renormalized":
+            return
+        if self.mass == "raw" and objective.form is reverse_kl:
             raise InputError("mass: found 'raw' with reverse KL, which is no divergence; expected renormalized or tail")
-        if self.reward_scale != 1 and make_objective(self).reach == "full":
-            raise InputError(f"reward_scale: found {self.reward_scale} for {self.objective}, expected 1 there")
+        if self.reward_scale != 1:
+            found = f"found {self.reward_scale} with mass {self.mass!r}, but an extrapolated teacher is not normalised"
+            raise InputError(f"reward_scale: {found}; expected 1, or mass 'renormalized'")
 
     @property
     def gamma(self) -> float:
         """The discount that the rewards-to-go take."""
-        return 1.0 if self.objective == "minillm" and self.discount == 0 else self.discount
+        by_default = 1.0 if self.objective == "minillm" else 0.0
+        return by_default if self.discount is None else self.discount
+
+
+def _reads(config: ObjectiveConfig) -> dict[str, bool]:
+    """Tell of the settings that not every objective reads whether this one does."""
+    objective, name = make_objective(config), config.objective
+    corrected = objective.loss is None or config.outcome != ""
+    clips = corrected and config.importance == "clip"
+    return {
+        "support": objective.reach == "support",
+        "mass": name == "topk_paper",
+        "divergence": name in ("full", "topk_paper"),
+        "beta": name == "gkd" or config.divergence == "jsd",
+        "weighting": name == "topk_thunlp",
+        "discount": objective.reach == "sampled" and objective.from_teacher,
+        "reward_scale": objective.reach != "full" and objective.from_teacher,
+        "outcome_weight": config.outcome != "",
+        "importance": corrected,
+        "clip_low": clips,
+        "clip_high": clips,
+        "dual_clip": clips,
+        "truncation": corrected and config.importance == "truncate",
+    }
 
 
 def _divergence(config: ObjectiveConfig) -> tuple[Form, Loss]:

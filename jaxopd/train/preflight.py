@@ -5,16 +5,21 @@ questions, a reward that does not tell right from wrong, probability mass that t
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, Int
+from scipy import stats
 
+from jaxopd.alignment import t_interval
+from jaxopd.errors import InputError
 from jaxopd.models import chat_tokens, load_tokenizer
 from jaxopd.rollouts import Engine, Requests, Sampling
 from jaxopd.rollouts.sampling import seed_of
 from jaxopd.train import metrics as measured
+from jaxopd.train.batch import Batch
 from jaxopd.train.collect import Collector
 from jaxopd.train.config import TrainConfig
 from jaxopd.train.health import rollout_metrics
@@ -25,6 +30,7 @@ from jaxopd.tree.success import Z95
 MOST_FLOOR = 1e-3  # nats: the reverse KL of a model with itself
 LEAST_SHARED_MASS = 0.5
 LEAST_OVERLAP = 0.5
+FALSE_ALARMS = 0.05  # share of batches with such a window, of a reward that says nothing
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class Preflight:
 
 def preflight(config: TrainConfig) -> Preflight:
     """Measure a pair on one batch. Raises InputError where student and teacher cannot be paired at all."""
+    if not config.teacher:
+        raise InputError("--teacher: found none, expected at least one to compare with the student")
+    if config.objective.objective == "sft" and not config.objective.outcome:
+        raise InputError("objective: found sft, expected one that scores responses")
+    config = replace(config, corpus="")  # a corpus holds another model's responses
     setup = Setup(config)
     collector = Collector(config, setup)
     batch = collector.draw(setup.initial, 0)
@@ -49,19 +60,26 @@ def preflight(config: TrainConfig) -> Preflight:
     correct = batch.correct == 1
     figures = rollout_metrics(batch) | measured.entropy_metrics(scored) | measured.overlap_metrics(scored)
     figures |= measured.reward_metrics(scored, correct) | measured.by_position(scored, correct)
-    right, wrong = correct.sum(), (~correct).sum()
-    # Of the AUROC of a reward that says nothing: its standard error, from the rank-sum statistic's variance.
-    figures["reward/auroc_error"] = float(np.sqrt((right + wrong + 1) / max(1, 12 * right * wrong)))
+    figures["reward/auroc_error"] = _auroc_error(correct)
     if batch.log_p is not None:
         figures |= measured.engine_mismatch(scored, batch.log_p)
     figures["floor/reverse_kl"] = _floor(config, setup, batch)
-    for teacher in setup.teachers:
-        figures[f"accuracy/{teacher.spec.name}"] = _accuracy(config, setup, teacher, np.unique(batch.question))
     figures["accuracy/student"] = figures["rollout/accuracy"]
-    return Preflight(figures, _reasons(figures, setup.teachers), _cautions(figures, setup, scored))
+    reasons, cautions = _reasons(figures), _cautions(figures, setup, scored, correct)
+    for index, teacher in enumerate(setup.teachers):
+        figures |= _comparison(config, setup, index, batch, scored)
+        against, doubts = judged(figures, teacher.spec.name)
+        reasons, cautions = reasons + against, cautions + doubts
+    return Preflight(figures, reasons, cautions)
 
 
-def _floor(config: TrainConfig, setup: Setup, batch: Any) -> float:
+def _auroc_error(correct: Bool[np.ndarray, "B"]) -> float:
+    """Standard error of the AUROC of a reward that says nothing, from the rank-sum statistic's variance."""
+    right, wrong = int(correct.sum()), int((~correct).sum())
+    return float(np.sqrt((right + wrong + 1) / max(1, 12 * right * wrong)))
+
+
+def _floor(config: TrainConfig, setup: Setup, batch: Batch) -> float:
     """The largest |KL| of the student with itself: what is left when there is nothing to learn."""
     alone = copy.copy(setup)
     alone.teachers = []
@@ -69,27 +87,70 @@ def _floor(config: TrainConfig, setup: Setup, batch: Any) -> float:
     return float(np.abs(np.where(scored.mask, scored.reverse_kl, 0.0)).max())
 
 
-def _accuracy(config: TrainConfig, setup: Setup, teacher: Teacher, questions: np.ndarray) -> float:
+def _comparison(config: TrainConfig, setup: Setup, index: int, batch: Batch, scored: Scored) -> dict[str, float]:
+    """How far a teacher is from the student, and how much better, on the questions routed to it."""
+    teacher, rows = setup.teachers[index], batch.teacher == index
+    if not rows.any():
+        return {}
+    questions, owner = np.unique(batch.question[rows], return_inverse=True)
+    ours = np.bincount(owner, batch.correct[rows] == 1) / np.bincount(owner)
+    theirs = _accuracy(config, setup, teacher, questions)
+    gain = t_interval(theirs - ours)
+    found = {
+        "accuracy": theirs.mean(),
+        "gain": gain["mean"],
+        "gain_low": np.nan_to_num(gain["low"], nan=-1.0),  # one question bounds nothing
+        "gain_high": np.nan_to_num(gain["high"], nan=1.0),
+        "reverse_kl": np.abs(np.where(scored.mask, scored.reverse_kl, 0.0)[rows]).max(),
+    }
+    return {f"{key}/{teacher.spec.name}": float(value) for key, value in found.items()}
+
+
+def _accuracy(
+    config: TrainConfig, setup: Setup, teacher: Teacher, questions: Int[np.ndarray, "Q"]
+) -> Float[np.ndarray, "Q"]:
+    """The teacher's share of right responses to each question, drawn as the student's are."""
     state = setup.initial if teacher.state is None else teacher.state
     prompts = [teacher.prompts[q] for q in questions]
     seed = seed_of(config.seed, "preflight", teacher.spec.name)
-    sampling = Sampling(config.max_tokens, setup.stop_ids, temperature=config.temperature, seed=seed)
+    options = {"temperature": config.temperature, "top_p": config.top_p}
+    sampling = Sampling(config.max_tokens, setup.stop_ids, seed=seed, **options)
     mesh = None if teacher.split else setup.engine_mesh
     engine = Engine(nnx.merge(teacher.graph, state), slots=config.slots, mesh=mesh)
     rolled = engine.run(prompts, Requests.continuations(prompts, config.rollouts), sampling)
     asked = [setup.questions[q] for q in np.repeat(questions, config.rollouts)]
-    return float(np.mean(setup.grades(asked, rolled.tokens) == 1))
+    return (setup.grades(asked, rolled.tokens) == 1).reshape(-1, config.rollouts).mean(-1)
 
 
-def _reasons(figures: dict[str, Any], teachers: list[Teacher]) -> list[str]:
+def judged(figures: dict[str, Any], name: str) -> tuple[list[str], list[str]]:
+    """Say what speaks against a teacher, and what is in doubt, by its figures."""
+    if f"gain/{name}" not in figures:
+        return [], [f"no question of the batch is routed to teacher {name}"]
+    if figures[f"reverse_kl/{name}"] <= MOST_FLOOR:
+        return [f"teacher {name} is the student, but for rounding: nothing to learn"], []
+    gain, low, high = (figures[f"{key}/{name}"] for key in ("gain", "gain_low", "gain_high"))
+    said = f"the accuracy of teacher {name} less the student's is {gain:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    if high <= 0:
+        return [f"{said}: nothing to learn"], []
+    return [], [f"{said}, which may be chance"] if low <= 0 else []
+
+
+def misleading_windows(
+    figures: dict[str, Any], mask: Bool[np.ndarray, "B S"], correct: Bool[np.ndarray, "B"]
+) -> list[str]:
+    """Name each window of `by_position` whose reward prefers wrong responses, by more than chance among so many."""
+    starts = [int(start) for start in figures["position/start"]]
+    found, z = [], stats.norm.isf(FALSE_ALARMS / max(1, len(starts)))
+    for start, end, value in zip(starts, [*starts[1:], mask.sum(-1).max()], figures["position/auroc"]):
+        if value is not None and value < 0.5 - z * _auroc_error(correct[mask[:, start]]):
+            found.append(f"at tokens {start} to {end - 1} the reward prefers wrong responses (AUROC {value:.2f})")
+    return found
+
+
+def _reasons(figures: dict[str, Any]) -> list[str]:
     found = []
     if figures["floor/reverse_kl"] > MOST_FLOOR:
         found.append(f"the student differs from itself by {figures['floor/reverse_kl']:.2g} nats: use float32")
-    for teacher in teachers:
-        name = teacher.spec.name
-        theirs, ours = figures[f"accuracy/{name}"], figures["accuracy/student"]
-        if theirs <= ours:
-            found.append(f"teacher {name} answers {theirs:.1%} right and the student {ours:.1%}: nothing to learn")
     if figures.get("reward/auroc", 1.0) < 0.5 - Z95 * figures["reward/auroc_error"]:
         found.append(f"the reward prefers wrong responses (AUROC {figures['reward/auroc']:.2f})")
     shared = figures.get("overlap/mass_student_paper", 0.0)
@@ -98,8 +159,8 @@ def _reasons(figures: dict[str, Any], teachers: list[Teacher]) -> list[str]:
     return found
 
 
-def _cautions(figures: dict[str, Any], setup: Setup, scored: Scored) -> list[str]:
-    found = []
+def _cautions(figures: dict[str, Any], setup: Setup, scored: Scored, correct: Bool[np.ndarray, "B"]) -> list[str]:
+    found = misleading_windows(figures, scored.mask, correct)
     if figures["overlap/ratio"] < LEAST_OVERLAP:
         found.append(f"{figures['overlap/ratio']:.0%} of the top {scored.k} tokens are shared")
     if figures["rollout/truncated"] > 0.1:
@@ -108,9 +169,6 @@ def _cautions(figures: dict[str, Any], setup: Setup, scored: Scored) -> list[str
         found.append("responses are all right or all wrong: the reward's reliability is unknown")
     if 0.5 > (value := figures.get("reward/auroc", 1.0)) >= 0.5 - Z95 * figures["reward/auroc_error"]:
         found.append(f"the reward prefers wrong responses (AUROC {value:.2f}), which so few may do by chance")
-    pairs = zip(figures["position/start"], figures["position/auroc"])
-    if unreliable := [int(start) for start, value in pairs if value is not None and value < 0.5]:
-        found.append(f"in the window from token {unreliable[0]} on the reward prefers wrong responses")
     for teacher in setup.teachers:
         if teacher.spec.model is not None:
             theirs = chat_tokens(load_tokenizer(teacher.spec.model), setup.questions[0].text)

@@ -16,7 +16,7 @@ def group_advantages(
 ) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
     """Compute R - Rbar and the standard deviation (ddof 1) of R among the responses of each group.
 
-    GRPO divides the one by the other plus 1e-6, Dr. GRPO does not. A group of one, or of equal rewards, has
+    GRPO divides the one by the other, Dr. GRPO does not. A group of one, or of equal rewards, has
     standard deviation 0 and says nothing.
     """
     _, group = np.unique(groups, return_inverse=True)

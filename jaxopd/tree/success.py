@@ -59,15 +59,17 @@ def bellman(tree: PathTree, counts: Counts, p: Float[np.ndarray, "N K"]) -> Succ
     """V(u) = sum_k P(k|u) V(u, k), deepest nodes first; exits from the rollouts that took them.
 
     Exits are independent given their visits, so variances add up with the squares of the same weights. An exit's own
-    interval is that of its rollouts.
+    interval is that of its rollouts; further up it is 1.96 standard errors, inside what the known leaves leave open.
     """
     exits = _proportions(counts.on_policy, counts.on_policy_success)
     x = exit_values(tree, counts, p)
     _, value = back_up(tree, p, x, tree.outcome)
     noise = proportion_variance(counts.on_policy, counts.on_policy_success)
     _, variance = back_up(tree, p, noise, np.zeros(p.shape), squared=True)
-    certain = np.full(p.shape, np.inf)
-    low, high = _wilson(value, np.divide(value * (1 - value), variance, out=certain, where=variance > 0))
+    # Leaves are known: were all exits failures, or successes, the value would still be at least, or at most, this.
+    least, most = (back_up(tree, p, np.full(x.shape, end), tree.outcome)[1] for end in (0.0, 1.0))
+    half = Z95 * np.sqrt(variance)
+    low, high = np.maximum(value - half, least), np.minimum(value + half, most)
     own = (tree.child == EXIT) & (exits.visits[:, :-1] > 0)
     low, high = np.where(own, exits.low[:, :-1], low), np.where(own, exits.high[:, :-1], high)
     return SuccessEstimate(value, np.sqrt(variance), low, high, counts.pooled[:, :-1])

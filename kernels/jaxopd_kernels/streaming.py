@@ -112,10 +112,12 @@ def _recentred(sums: PairSums, mean: Array) -> PairSums:
 
 def _added(one: PairSums, other: PairSums) -> PairSums:
     """Adds sums over different columns that have the same references."""
-    mean = one.mean + (other.mean - one.mean) * (other.S_s / jnp.maximum(one.S_s + other.S_s, TINY))
+    total = jnp.maximum(one.S_s + other.S_s, TINY)
+    # Not one.mean + (other.mean - one.mean) w: a far mean of next to no weight would take the other's digits.
+    mean = one.mean * (one.S_s / total) + other.mean * (other.S_s / total)
     one, other = _recentred(one, mean), _recentred(other, mean)
-    total = PairSums(*[x + y for x, y in zip(one, other)])
-    return total._replace(m_s=one.m_s, m_t=one.m_t, mean=mean)
+    both = PairSums(*[x + y for x, y in zip(one, other)])
+    return both._replace(m_s=one.m_s, m_t=one.m_t, mean=mean)
 
 
 def head_tile(old: HeadSums, z: Array, columns: Columns) -> HeadSums:
