@@ -332,7 +332,7 @@ def test_bad_settings_are_named():
         ({"divergence": "kl"}, "divergence: found 'kl', expected one of 'reverse_kl'"),
         ({"outcome": "ppo"}, "outcome: found 'ppo', expected one of ''"),
         ({"objective": "grpo", "outcome": "grpo"}, "outcome: found 'grpo' mixed into grpo, expected a distillation"),
-        ({"outcome": "grpo", "outcome_weight": -1.0}, "outcome_weight: found -1.0, expected more than 0"),
+        ({"outcome": "grpo", "outcome_weight": -1.0}, "outcome_weight: found -1.0, expected a positive number"),
         ({"discount": 1.5}, "discount: found 1.5"),
         ({"objective": "full", "reward_scale": 2.0}, "reward_scale: found 2.0, which the objective full does not read"),
         ({"objective": "full", "importance": "none"}, "importance: found 'none', which .* not read, expected 'clip'"),

@@ -44,7 +44,7 @@ def test_sums_that_rounding_moves_choose_no_impossible_token() -> None:
     """At the sums of tiles themselves, of a vocabulary with 50 tokens left: XLA's cumulative sums rise anywhere."""
     V, B = 151_936, 64
     rng = np.random.default_rng(0)
-    logits = warp(jnp.asarray(3 * rng.normal(size=(B, V)), jnp.float32), 1.0, 1.0, 50)
+    logits = jax.jit(warp)(jnp.asarray(3 * rng.normal(size=(B, V)), jnp.float32), 1.0, 1.0, 50)
     tiles = np.asarray(logits).reshape(B, -1, tile_width(V))
     upper = np.asarray(jnp.cumsum(jax.nn.softmax(jax.nn.logsumexp(tiles, -1), -1), -1))
     keys = request_keys(jnp.uint32(1), jnp.arange(B), jnp.zeros(B, jnp.int32))

@@ -34,7 +34,7 @@ from jaxopd.train.evaluate import gap_recovery, pass_at
 from jaxopd.train.gates import AlignmentTable, gate_weights
 from jaxopd.train.geometry import cosine
 from jaxopd.train.health import Monitor, TrainingStopped, repetition
-from jaxopd.train.log import MetricsLog
+from jaxopd.train.log import MetricsLog, check_writers
 from jaxopd.train.loop import WHOLE, Trainer, train
 from jaxopd.train.metrics import Scored, auroc
 from jaxopd.train.objectives import ObjectiveConfig
@@ -186,7 +186,8 @@ def test_a_run_that_cannot_be_restored_is_given_up(damage, killed, tmp_path):
     else:
         file = max((arrays / "ocdbt.process_0" / "d").iterdir(), key=lambda file: file.stat().st_size)
         os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(InputError, match=f"{folder}/checkpoints/2: found no readable checkpoint .*, expected a whole"):
+    said = r"found no readable checkpoint \([^\[{]{1,200}\), expected a whole one$"
+    with pytest.raises(InputError, match=f"{folder}/checkpoints/2: {said}"):
         Trainer(CONFIG, folder, quiet, device_mesh(1))
     gc.collect()  # a read that orbax left behind would warn
     assert not list(folder.rglob("claim.json"))
@@ -415,10 +416,10 @@ def test_a_log_continues_exactly_and_holds_no_undefined_number(tmp_path):
     assert log.read()[1] == {"step": 1, "a": [1.0], "b": None, "warnings": ["x"]}
 
 
-def test_a_log_that_is_not_installed_is_named(tmp_path, monkeypatch):
+def test_a_log_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="log_to: found 'wandb', expected an installed one of tensorboardX, wandb"):
-        MetricsLog(tmp_path, ["wandb"])
+    with pytest.raises(InputError, match="log_to: found 'wandb', expected one whose package is installed"):
+        check_writers(["wandb"])
 
 
 def test_repetition():

@@ -164,7 +164,7 @@ def test_a_window_is_misleading_beyond_chance_alone():
     ],
 )
 def test_a_teacher_is_judged_beyond_noise(low, high, divergence, against, doubted):
-    figures = {"gain/T": (low + high) / 2, "gain_low/T": low, "gain_high/T": high, "reverse_kl/T": divergence}
+    figures = {"gain/T": (low + high) / 2, "gain_low/T": low, "gain_high/T": high, "reverse_kl_max/T": divergence}
     reasons, cautions = judged(figures, "T")
     for found, expected in ((reasons, against), (cautions, doubted)):
         assert len(found) == bool(expected)

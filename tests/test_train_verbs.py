@@ -14,16 +14,16 @@ from jaxopd.train.config import GateConfig, TrainConfig
 from jaxopd.train.objectives import ObjectiveConfig
 from jaxopd.verbs.train import Corpus, Evaluate, Preflight, Train
 
-pytestmark = pytest.mark.slow  # minutes in all: they train
 
 S, T2 = str(toy.MODELS / "S"), str(toy.MODELS / "T2")
 
 
 def test_flags_become_a_configuration():
-    flags = "--student s --teacher a=x --teacher b=self:1c --objective topk_thunlp --k 4 --support overlap --steps 7"
+    flags = "--student s --questions q --teacher a=x --teacher b=self:1c --objective topk_thunlp --k 4 --support overlap --steps 7"
     found = tyro.cli(Train, args=[*flags.split(), "--incorrect-only", "--window-end", "20", "--out", "there"])
     expected = TrainConfig(
         student="s",
+        questions="q",
         teacher=("a=x", "b=self:1c"),
         objective=ObjectiveConfig("topk_thunlp", k=4, support="overlap"),
         gate=GateConfig(incorrect_only=True, window_end=20),
@@ -47,17 +47,40 @@ def test_defaults_are_table_2():
         ([], "--teacher: found none, expected at least one for the objective topk_paper"),
         (["--teacher", "a=x", "--batch", "8", "--mini-batch", "3"], "mini_batch: found 3, expected a divisor"),
         (["--teacher", "a=x", "--learning-rate", "0"], "learning_rate: found 0.0, expected a positive number"),
+        (["--teacher", "a=x", "--learning-rate", "inf"], "learning_rate: found inf, expected a positive number"),
+        (["--teacher", "a=x", "--clip-norm", "0"], "clip_norm: found 0.0, expected a positive number"),
+        (["--teacher", "a=x", "--weight-decay", "-1"], "weight_decay: found -1.0, expected 0 or more"),
+        (["--teacher", "a=x", "--warmup", "-3"], "warmup: found -3, expected 0 or more"),
+        (["--teacher", "a=x", "--probe-every", "-1"], "probe_every: found -1, expected 0 or more"),
+        (["--teacher", "a=x", "--seed", "-1"], "seed: found -1, expected 0 or more"),
+        (["--teacher", "a=x", "--slots", "0"], "slots: found 0, expected at least 1"),
+        (["--teacher", "a=x", "--temperature", "1e-9"], "temperature: found 1e-09, expected 0, or a number from 1e-6"),
+        (["--teacher", "a=x", "--top-p", "0"], "top_p: found 0.0, expected in"),
+        (
+            ["--teacher", "a=x", "--objective", "sampled", "--reward-scale", "nan"],
+            "reward_scale: found nan, expected a",
+        ),
+        (["--teacher", "a=x", "--prefix-strength", "-5"], "prefix_strength: found -5.0, expected 0 or more"),
+        (["--teacher", "a=x", "--window-start", "7168"], "window_start: found 7168, where responses have 7168 tokens"),
+        (
+            ["--objective", "grpo", "--divergence-quantile", "0.5"],
+            "divergence_quantile: found 0.5 for grpo, which hears",
+        ),
+        (["--objective", "grpo", "--rollouts", "1"], "rollouts: found groups of 1, whose rewards have no baseline"),
+        (["--teacher", "a=x", "--objective", "sampled", "--corpus", "c"], "corpus: found one for sampled, which is of"),
         (["--teacher", "a=x", "--divergence-quantile", "1"], "divergence_quantile: found 1.0, expected 0 to under 1"),
-        (["--teacher", "a=x", "--student", "nowhere"], "nowhere: found no such folder"),
+        (["--teacher", "a=x"], "nowhere: found no such folder"),
     ],
 )
 def test_bad_values_are_named_before_anything_is_written(flags, expected, tmp_path):
-    verb = tyro.cli(Train, args=[*flags, "--out", str(tmp_path / "run")])
+    given = ["--student", "nowhere", "--questions", "q", *flags]
+    verb = tyro.cli(Train, args=[*given, "--out", str(tmp_path / "run")])
     with pytest.raises(InputError, match=expected):
         verb.run(Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_prints_gap_recovery(tmp_path):
     screen = Console(file=io.StringIO(), width=200)
     common = {"task": "toy", "questions": "all:4:9", "samples": 4, "max_tokens": 80, "temperature": 1.0, "top_p": 1.0}
@@ -71,12 +94,14 @@ def test_evaluate_prints_gap_recovery(tmp_path):
     assert kept[1].equals(kept[2])
 
 
+@pytest.mark.slow
 def test_corpus_says_what_it_left_out(tmp_path):
     screen, file = Console(file=io.StringIO(), width=200), tmp_path / "corpus.jsonl"
     Corpus(teacher=T2, task="toy", questions="all:2:9", max_tokens=80, out=str(file)).run(screen)
     assert f"6 drawn, {len(file.read_text().splitlines())} kept" in screen.file.getvalue()
 
 
+@pytest.mark.slow
 def test_preflight_of_a_model_with_itself_is_no_go(tmp_path):
     screen, file = Console(file=io.StringIO(), width=200), tmp_path / "figures.json"
     shared = {"task": "toy", "questions": "all:4:9", "batch": 12, "mini_batch": 12, "micro_batch": 48, "max_tokens": 80}

@@ -26,6 +26,7 @@ from jaxopd.models.sharding import abstract_model
 DTYPES = ("float32", "bfloat16")
 ARRAYS = "state"  # folder of the arrays, beside config.json
 CHUNK_BYTES = 16 << 20  # a file's chunk is read whole, and a shard of another mesh needs parts of it
+LONGEST_REASON = 200
 READ_AT_ONCE_GB = 8  # by a process, beside its devices' memory; more than any one parameter
 
 
@@ -133,8 +134,8 @@ class _TidyLoop(asyncio.SelectorEventLoop):
 
 
 @contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Turns what orbax says of unreadable files, in exceptions of many kinds, into one sentence.
+def readable(folder: Path, otherwise: str = "") -> Iterator[None]:
+    """Turns what orbax says of unreadable files, in exceptions of many kinds, into one sentence, and says what to do.
 
     After a read that fails, orbax closes its loop over all others; they would go on, and complain at any later time.
     """
@@ -144,5 +145,6 @@ def readable(folder: Path) -> Iterator[None]:
     except (InputError, jax.errors.JaxRuntimeError, MemoryError):  # memory: of the devices, of the host
         raise
     except Exception as error:
-        found = f"no readable checkpoint ({first_line(error)})"
-        raise InputError(f"{folder}: found {found}, expected a whole one") from None
+        reason = first_line(error).partition(" See full ")[0].partition(" [")[0]  # TensorStore describes itself there
+        found = f"no readable checkpoint ({reason[:LONGEST_REASON]})"
+        raise InputError(f"{folder}: found {found}, expected a whole one{otherwise}") from None

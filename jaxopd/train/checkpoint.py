@@ -50,8 +50,12 @@ class Checkpoints:
         step, named = self.latest, _named(like)
         abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in named.items()}
         arguments = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore())
-        with readable(self.folder / str(step)):
+        older = max((other for other in self.manager.all_steps() if other != step), default=None)
+        instead = "" if older is None else f"; without this folder the run goes on from step {older}"
+        with readable(self.folder / str(step), instead):
             found = self.manager.restore(step, args=arguments)
+            if not {"step", "first"} <= dict(found.facts).keys():
+                raise ValueError("its facts name no step")
         return jax.tree.unflatten(jax.tree.structure(like), [found.arrays[name] for name in named]), dict(found.facts)
 
     def close(self) -> None:

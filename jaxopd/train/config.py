@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jaxopd.errors import InputError
+from jaxopd.rollouts.sampling import Sampling
 from jaxopd.train.objectives import ObjectiveConfig, make_objective
 from jaxopd.train.rewards import Reduction
 
@@ -30,7 +31,9 @@ class GateConfig:
             raise InputError(f"divergence_quantile: found {self.divergence_quantile}, expected 0 to under 1")
         if self.window_start < 0 or (self.window_end is not None and self.window_end <= self.window_start):
             found = f"{self.window_start} to {self.window_end}"
-            raise InputError(f"window: found {found}, expected a start of 0 or more before an end")
+            raise InputError(f"window_start, window_end: found {found}, expected a start of 0 or more before an end")
+        if not 0 <= self.prefix_strength < float("inf"):
+            raise InputError(f"prefix_strength: found {self.prefix_strength}, expected 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +131,9 @@ class TrainConfig:
             "max_tokens",
             "save_every",
             "keep",
+            "slots",
+            "model_parallel",
+            "probe_questions",
         )
         for name in names:
             if getattr(self, name) < 1:
@@ -138,11 +144,27 @@ class TrainConfig:
             raise InputError(f"probe_rollouts: found {self.probe_rollouts}, expected an even number of 4 or more")
         if self.probe_every and self.objective.objective == "sft":
             raise InputError("probe_every: found with the objective sft, expected one that scores responses")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate: found {self.learning_rate}, expected a positive number")
+        for name, good, expected in (
+            ("learning_rate", 0 < self.learning_rate < float("inf"), "a positive number"),
+            ("clip_norm", self.clip_norm > 0, "a positive number; inf clips nothing"),
+            ("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more"),
+            *(
+                (name, getattr(self, name) >= 0, "0 or more")
+                for name in ("warmup", "probe_every", "show_every", "seed")
+            ),
+        ):
+            if not good:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected {expected}")
+        Sampling(self.max_tokens, temperature=self.temperature, top_p=self.top_p)  # says what is wrong with them
+        if self.gate.window_start >= self.max_tokens:
+            found = f"found {self.gate.window_start}, where responses have {self.max_tokens} tokens at most"
+            raise InputError(f"window_start: {found}; expected less")
         objective, name = make_objective(self.objective), self.objective.objective
         if objective.from_teacher and not self.teacher:
             raise InputError(f"--teacher: found none, expected at least one for the objective {name}")
+        if self.gate.divergence_quantile and not objective.from_teacher:
+            found = f"found {self.gate.divergence_quantile} for {name}, which hears no teacher"
+            raise InputError(f"divergence_quantile: {found}; expected 0")
         if self.corpus and objective.reach == "sampled" and name != "sft":
             raise InputError(f"corpus: found one for {name}, which is of the student's own draws; expected none")
         if (objective.from_reward or self.objective.outcome) and self.group < 2:

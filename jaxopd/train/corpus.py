@@ -55,6 +55,8 @@ def write_corpus(config: CorpusConfig, path: str | Path) -> dict[str, int]:
 
     Gives how many were drawn, kept and left out for each reason.
     """
+    if config.samples < 1:
+        raise InputError(f"samples: found {config.samples}, expected at least 1")
     task, tokenizer = find_task(config.task), load_tokenizer(config.teacher)
     model = load_model(config.teacher, dtype=config.dtype)
     check_vocabulary(tokenizer, model.config, config.teacher)
@@ -79,6 +81,8 @@ def write_corpus(config: CorpusConfig, path: str | Path) -> dict[str, int]:
         counts[fault or "kept"] += 1
         if not fault:
             lines.append({"question": question.id, "response": text, "tokens": tokens[:length].tolist()})
+    if not lines:
+        raise InputError(f"{path}: found no response to keep ({counts}), expected at least one")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")

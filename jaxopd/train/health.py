@@ -22,7 +22,7 @@ FIRST_STEPS = 5
 
 
 class TrainingStopped(SharedError):
-    """Training cannot go on; the message names the step, the kept batch and the last good checkpoint."""
+    """Training cannot go on; the message names the step, the kept batch and the last checkpoint."""
 
 
 def check_finite(values: dict[str, float], step: int, batch: Batch, folder: Path, checkpoint: int | None) -> None:
@@ -36,7 +36,7 @@ def check_finite(values: dict[str, float], step: int, batch: Batch, folder: Path
     last = "none yet" if checkpoint is None else str(folder / "checkpoints" / str(checkpoint))
     raise TrainingStopped(
         f"step {step}: found {wrong[0]} {values[wrong[0]]}, expected a finite number; the batch is kept in {kept}, the "
-        f"last good checkpoint is {last}"
+        f"last checkpoint is {last}"
     )
 
 

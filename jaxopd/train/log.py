@@ -66,9 +66,15 @@ def _complete(line: str) -> bool:
         return False
 
 
+def check_writers(names: Sequence[str]) -> None:
+    """Raises InputError on a writer that is unknown, or whose package is not installed."""
+    for name in names:
+        if name not in NEEDED or importlib.util.find_spec(NEEDED[name]) is None:
+            known = ", ".join(f"{name} (package {package})" for name, package in NEEDED.items())
+            raise InputError(f"log_to: found {name!r}, expected one whose package is installed, of {known}")
+
+
 def _writer(name: str, folder: Path, config: dict[str, Any]):
-    if name not in NEEDED or importlib.util.find_spec(NEEDED[name]) is None:
-        raise InputError(f"log_to: found {name!r}, expected an installed one of {', '.join(NEEDED.values())}")
     if name == "wandb":
         import wandb  # pyright: ignore[reportMissingImports]
 

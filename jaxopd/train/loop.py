@@ -30,7 +30,7 @@ from jaxopd.train.config import TrainConfig
 from jaxopd.train.gates import AlignmentTable, gate_weights
 from jaxopd.train.geometry import update_geometry
 from jaxopd.train.health import Monitor, check_finite, rollout_metrics
-from jaxopd.train.log import MetricsLog
+from jaxopd.train.log import MetricsLog, check_writers
 from jaxopd.train.metrics import Scored
 from jaxopd.train.objectives import make_objective
 from jaxopd.train.plan import plan_training
@@ -63,6 +63,7 @@ class Trainer:
         self, config: TrainConfig, out: str | Path, report: Report = print, mesh: jax.sharding.Mesh | None = None
     ):
         self.config, self.out, self.report = config, Path(out), report
+        check_writers(config.log_to)
         budget = device_budget(device_mesh() if mesh is None else mesh)
         self.setup = Setup(config, mesh)
         self.plan = plan_training(config, self.setup, budget)

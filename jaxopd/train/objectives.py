@@ -126,7 +126,8 @@ class ObjectiveConfig:
         for name, good, expected in (
             ("k", self.k >= 1, "at least 1"),
             ("discount", self.discount is None or 0 <= self.discount <= 1, "0 to 1"),
-            ("outcome_weight", self.outcome_weight > 0, "more than 0"),
+            ("outcome_weight", 0 < self.outcome_weight < float("inf"), "a positive number"),
+            ("reward_scale", 0 < self.reward_scale < float("inf"), "a positive number"),
             ("clip_low", 0 <= self.clip_low < 1, "0 or more, and less than 1"),
             ("clip_high", self.clip_high >= 0, "0 or more"),
             ("truncation", self.truncation > 0, "more than 0"),

@@ -101,7 +101,7 @@ def _comparison(config: TrainConfig, setup: Setup, index: int, batch: Batch, sco
         "gain": gain["mean"],
         "gain_low": np.nan_to_num(gain["low"], nan=-1.0),  # one question bounds nothing
         "gain_high": np.nan_to_num(gain["high"], nan=1.0),
-        "reverse_kl": np.abs(np.where(scored.mask, scored.reverse_kl, 0.0)[rows]).max(),
+        "reverse_kl_max": np.abs(np.where(scored.mask, scored.reverse_kl, 0.0)[rows]).max(),
     }
     return {f"{key}/{teacher.spec.name}": float(value) for key, value in found.items()}
 
@@ -126,7 +126,7 @@ def judged(figures: dict[str, Any], name: str) -> tuple[list[str], list[str]]:
     """Say what speaks against a teacher, and what is in doubt, by its figures."""
     if f"gain/{name}" not in figures:
         return [], [f"no question of the batch is routed to teacher {name}"]
-    if figures[f"reverse_kl/{name}"] <= MOST_FLOOR:
+    if figures[f"reverse_kl_max/{name}"] <= MOST_FLOOR:
         return [f"teacher {name} is the student, but for rounding: nothing to learn"], []
     gain, low, high = (figures[f"{key}/{name}"] for key in ("gain", "gain_low", "gain_high"))
     said = f"the accuracy of teacher {name} less the student's is {gain:.3f} (95 % interval {low:.3f} to {high:.3f})"

@@ -47,9 +47,7 @@ class TrainFlags(TrainConfig):
     def checked(self) -> TrainConfig:
         """Gives the configuration, or InputError on a value out of range."""
         fields = _fields(self, TrainConfig)
-        for name, wanted in (("student", "a model folder or hub id"), ("questions", "a file of them")):
-            if not getattr(self, name):
-                raise InputError(f"--{name}: found none, expected {wanted}")
+        _check_given(self, "student", "questions")
         objective = ObjectiveConfig(**_fields(self.objective, ObjectiveConfig))
         return TrainConfig(**fields | {"objective": objective, "gate": GateConfig(**_fields(self.gate, GateConfig))})
 
@@ -81,7 +79,7 @@ class Preflight(TrainFlags):
 
         config = self.checked()
         if self.out:
-            made_folder(Path(self.out).parent)
+            _made_place(self.out)
         found = preflight(config)
         numbers = {name: value for name, value in found.figures.items() if isinstance(value, float)}
         console.print(as_table("Student-visited states", pd.DataFrame(sorted(numbers.items()), columns=["", "value"])))
@@ -140,8 +138,24 @@ class Corpus(CorpusConfig):
     """The file."""
 
     def run(self, console: Console) -> None:
+        _check_given(self, "teacher", "questions")
+        _made_place(self.out)
         counts = write_corpus(CorpusConfig(**_fields(self, CorpusConfig)), self.out)
         console.print(f"{self.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()), markup=False)
+
+
+def _check_given(flags: object, *names: str) -> None:
+    wanted = {"questions": "a file of them"}
+    for name in names:
+        if not getattr(flags, name):
+            raise InputError(f"--{name}: found none, expected {wanted.get(name, 'a model folder or hub id')}")
+
+
+def _made_place(file: str) -> None:
+    """Makes the folder of a file that is written at the end, before anything is computed."""
+    if Path(file).is_dir():
+        raise InputError(f"--out: found the folder {file}, expected a file")
+    made_folder(Path(file).parent)
 
 
 def _fields(flags: object, config: type) -> dict[str, object]:
