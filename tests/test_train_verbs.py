@@ -14,12 +14,12 @@ from jaxopd.train.config import GateConfig, TrainConfig
 from jaxopd.train.objectives import ObjectiveConfig
 from jaxopd.verbs.train import Corpus, Evaluate, Preflight, Train
 
-
 S, T2 = str(toy.MODELS / "S"), str(toy.MODELS / "T2")
 
 
 def test_flags_become_a_configuration():
-    flags = "--student s --questions q --teacher a=x --teacher b=self:1c --objective topk_thunlp --k 4 --support overlap --steps 7"
+    flags = "--student s --questions q --teacher a=x --teacher b=self:1c --steps 7"
+    flags += " --objective topk_thunlp --k 4 --support overlap"
     found = tyro.cli(Train, args=[*flags.split(), "--incorrect-only", "--window-end", "20", "--out", "there"])
     expected = TrainConfig(
         student="s",
