@@ -74,17 +74,18 @@ def prefill_block(config: QwenConfig, groups: int, length: int) -> int:
 
 
 def prefill_bytes(config: QwenConfig, groups: int, block: int) -> int:
-    """Counts three float32 copies of a block's inner MLP state, and of its scores against a block of keys."""
-    return 12 * groups * block * (config.intermediate_size + config.num_heads * block)
+    """Counts three float32 copies of a block's inner MLP state, and two of its scores against a block of keys."""
+    return 4 * groups * block * (3 * config.intermediate_size + 2 * config.num_heads * block)
 
 
 def decode_bytes(config: QwenConfig, slots: int, scored: int) -> int:
-    """Counts six float32 copies of a step's logits or, larger over a long trunk, three of one layer's scores.
+    """Counts six float32 copies of a step's logits or, larger over a long trunk, two of a layer's scores and its keys.
 
     Compiled programs hold these on a CPU; the logits are that many for the sake of top-k and top-p. scored: the length
     of the trunk, 0 where a kernel attends to it.
     """
-    return 4 * slots * max(6 * config.vocab_size, 3 * config.num_heads * scored)
+    keys = config.num_kv_heads * config.head_dim * scored
+    return 4 * max(6 * slots * config.vocab_size, 2 * slots * config.num_heads * scored + keys)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
