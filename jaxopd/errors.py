@@ -8,6 +8,13 @@ class InputError(ValueError):
     """
 
 
+def check_fields(settings: object, *rules: tuple[str, bool, str]) -> None:
+    """Raises InputError at the first broken rule: a field, whether its value is good, what is expected."""
+    for name, good, expected in rules:
+        if not good:
+            raise InputError(f"{name}: found {getattr(settings, name)}, expected {expected}")
+
+
 def first_line(error: BaseException) -> str:
     """Gives what an exception says, as part of a sentence; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

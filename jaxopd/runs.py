@@ -26,7 +26,7 @@ import pandas as pd
 import tensorstore as ts
 
 from jaxopd import distributed
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, first_line
 
 PACKAGES = ("jaxopd", "jax", "jaxlib", "flax", "transformers", "numpy", "tensorstore", "orbax-checkpoint")
 MARKS = {"objective": "train", "allocation": "diagnose"}  # fields by which runs are told apart; screen is as diagnose
@@ -228,8 +228,8 @@ class RunFolder:
         try:
             return pd.read_parquet(io.BytesIO(found.value))
         except (ValueError, OSError) as error:  # pyarrow's kinds for a truncated or foreign file
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{self.path}/{key}: found no valid parquet ({reason}), expected a table") from None
+            found = f"no valid parquet ({first_line(error)})"
+            raise InputError(f"{self.path}/{key}: found {found}, expected a table") from None
 
     def _write(self, key: str, value: bytes) -> None:
         self._stored(lambda: self.store.write(key, value).result())

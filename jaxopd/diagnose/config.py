@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, check_fields
 
 RESPONSES = 600  # in tokens of the mean one, that exits may take at most
 WATCHED = 64  # tokens a model can watch at a node; above tau = .02 there are at most 50
@@ -105,9 +105,8 @@ class DiagnoseConfig:
         return {name: getattr(self, name) for name in ("tau", "by_gradient", "by_difference", "n_min", "window")}
 
     def __post_init__(self) -> None:
-        for name in ("rollouts", "paths", "n_min", "n_sig", "max_tokens", "demonstration_trials", "slots", "window"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
+        counts = ("rollouts", "paths", "n_min", "n_sig", "max_tokens", "demonstration_trials", "slots", "window")
+        check_fields(self, *((name, getattr(self, name) >= 1, "at least 1") for name in counts))
         if self.allocation not in ("paper", "exits"):
             raise InputError(f"allocation: found {self.allocation!r}, expected paper or exits")
         if not 0 < self.target_se < float("inf"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from jaxopd.errors import InputError
+from jaxopd.errors import check_fields
 
 BELOW_ONE = 1 - 2.0**-24  # the largest float32 under 1
 SPREAD_BITS = 10.0  # of a rollout's choices that a spread number makes; a float has few more
@@ -31,18 +31,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, good, expected in (
+        usable = self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
+        check_fields(
+            self,
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            (
-                "temperature",
-                self.temperature == 0 or 1e-6 <= self.temperature < float("inf"),
-                "0, or a number from 1e-6",
-            ),
+            ("temperature", usable, "0, or a number from 1e-6"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= 0, "0 or more"),
-        ):
-            if not good:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected {expected}")
+        )
 
 
 def warp(

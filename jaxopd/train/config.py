@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, check_fields
 from jaxopd.rollouts.sampling import Sampling
 from jaxopd.train.objectives import ObjectiveConfig, make_objective
 from jaxopd.train.rewards import Reduction
@@ -135,16 +135,15 @@ class TrainConfig:
             "model_parallel",
             "probe_questions",
         )
-        for name in names:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
+        check_fields(self, *((name, getattr(self, name) >= 1, "at least 1") for name in names))
         if self.batch % self.mini_batch and self.mini_batch < self.batch:
             raise InputError(f"mini_batch: found {self.mini_batch}, expected a divisor of the batch of {self.batch}")
         if self.probe_every and (self.probe_rollouts % 2 or self.probe_rollouts < 4):
             raise InputError(f"probe_rollouts: found {self.probe_rollouts}, expected an even number of 4 or more")
         if self.probe_every and self.objective.objective == "sft":
             raise InputError("probe_every: found with the objective sft, expected one that scores responses")
-        for name, good, expected in (
+        check_fields(
+            self,
             ("learning_rate", 0 < self.learning_rate < float("inf"), "a positive number"),
             ("clip_norm", self.clip_norm > 0, "a positive number; inf clips nothing"),
             ("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more"),
@@ -152,9 +151,7 @@ class TrainConfig:
                 (name, getattr(self, name) >= 0, "0 or more")
                 for name in ("warmup", "probe_every", "show_every", "seed")
             ),
-        ):
-            if not good:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected {expected}")
+        )
         Sampling(self.max_tokens, temperature=self.temperature, top_p=self.top_p)  # says what is wrong with them
         if self.gate.window_start >= self.max_tokens:
             found = f"found {self.gate.window_start}, where responses have {self.max_tokens} tokens at most"

@@ -9,13 +9,13 @@ them through the importance ratio. In both, the minus sign is that of the surrog
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxopd.errors import InputError
+from jaxopd.errors import InputError, check_fields
 from jaxopd.gradients import (
     Form,
     Position,
@@ -123,7 +123,8 @@ class ObjectiveConfig:
         for name, choice in CHOICES.items():
             if (value := getattr(self, name)) not in get_args(choice):
                 raise InputError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choice)))}")
-        for name, good, expected in (
+        check_fields(
+            self,
             ("k", self.k >= 1, "at least 1"),
             ("discount", self.discount is None or 0 <= self.discount <= 1, "0 to 1"),
             ("outcome_weight", 0 < self.outcome_weight < float("inf"), "a positive number"),
@@ -132,12 +133,11 @@ class ObjectiveConfig:
             ("clip_high", self.clip_high >= 0, "0 or more"),
             ("truncation", self.truncation > 0, "more than 0"),
             ("dual_clip", self.dual_clip > 1, "more than 1"),
-        ):
-            if not good:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected {expected}")
+        )
+        reads = _reads(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value != field.default and not _reads(self).get(field.name, True):
+            if value != field.default and not reads.get(field.name, True):
                 found = f"found {value!r}, which the objective {self.objective} does not read"
                 raise InputError(f"{field.name}: {found}, expected {field.default!r}")
         self._check_combination()
@@ -256,35 +256,29 @@ def frozen_advantage(objective: Objective, position: Position) -> Float[Array, "
     return jnp.where(possible, probability(seen.log_p) * objective.form(seen), 0.0)
 
 
-def update_loss(
-    config: ObjectiveConfig,
-    log_p: Float[Array, "K"],
-    log_p_old: Float[Array, "K"],
-    advantage: Float[Array, "K"],
-) -> Float[Array, ""]:
-    """Return the policy-gradient loss of one position at new parameters, by the configured importance correction."""
-    return _correction(config)[0](log_p, log_p_old, advantage)
+class Correction(NamedTuple):
+    """How a policy gradient reaches rollouts of older parameters; both take (log_p, log_p_old, advantage).
+
+    loss        of one position, [K] each
+    is_limited  at which tokens, [*batch, K], the ratio is clipped or truncated
+    """
+
+    loss: Callable[[Array, Array, Array], Float[Array, ""]]
+    is_limited: Callable[[Array, Array, Array], Bool[Array, "*batch K"]]
 
 
-def ratio_is_clipped(
-    config: ObjectiveConfig,
-    log_p: Float[Array, "*batch K"],
-    log_p_old: Float[Array, "*batch K"],
-    advantage: Float[Array, "*batch K"],
-) -> Bool[Array, "*batch K"]:
-    """Tell at which tokens the configured importance correction clips or truncates the ratio at new parameters."""
-    return _correction(config)[1](log_p, log_p_old, advantage)
-
-
-def _correction(config: ObjectiveConfig) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """Give the configured loss of (log_p, log_p_old, advantage), and what tells where it limits the ratio."""
+def importance_correction(config: ObjectiveConfig) -> Correction:
+    """Make the importance correction that a configuration names."""
     most = config.truncation
     if config.importance == "clip":
         bounds = {"low": config.clip_low, "high": config.clip_high, "dual": config.dual_clip}
-        return partial(clipped_surrogate, **bounds), partial(is_clipped, **bounds)
+        return Correction(partial(clipped_surrogate, **bounds), partial(is_clipped, **bounds))
     if config.importance == "truncate":
-        return partial(truncated_surrogate, most=most), lambda log_p, old, _: importance_ratio(log_p, old) > most
-    return (
+        return Correction(
+            partial(truncated_surrogate, most=most),
+            lambda log_p, old, _: importance_ratio(log_p, old) > most,
+        )
+    return Correction(
         lambda log_p, _, advantage: truncated_surrogate(log_p, log_p, advantage, 1.0),
         lambda log_p, *_: jnp.zeros(log_p.shape, bool),
     )

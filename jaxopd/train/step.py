@@ -25,7 +25,7 @@ from jaxopd.gradients import Position
 from jaxopd.models import Qwen, forward
 from jaxopd.scoring import over_mesh
 from jaxopd.train.batch import Sequences
-from jaxopd.train.objectives import Objective, ObjectiveConfig, position_loss, ratio_is_clipped, update_loss
+from jaxopd.train.objectives import Objective, ObjectiveConfig, importance_correction, position_loss
 from jaxopd.train.vocabulary import token_log_probs, top_tokens
 
 Frozen = tuple[nnx.GraphDef, nnx.State]  # a model that is not trained
@@ -267,7 +267,7 @@ def _counts(
 ) -> Float[Array, "2"]:
     """Count the tokens that a policy gradient pushes, and those among them whose ratio is clipped."""
     pushed = (advantage != 0) & (weights != 0)[..., None]
-    clipped = pushed & ratio_is_clipped(config, log_p, log_p_old, advantage)
+    clipped = pushed & importance_correction(config).is_limited(log_p, log_p_old, advantage)
     return jnp.stack([jnp.sum(pushed, dtype=jnp.float32), jnp.sum(clipped, dtype=jnp.float32)])
 
 
@@ -285,7 +285,7 @@ def _distillation(settings: LossSettings, log_p: Float[Array, "b S K"], targets:
 
 
 def _update(config: ObjectiveConfig, log_p: Array, log_p_old: Array, advantage: Array) -> Float[Array, "b S"]:
-    return jax.vmap(jax.vmap(partial(update_loss, config)))(log_p, log_p_old, advantage)
+    return jax.vmap(jax.vmap(importance_correction(config).loss))(log_p, log_p_old, advantage)
 
 
 @partial(jax.jit, static_argnames=("graph", "settings", "mesh"), donate_argnames=("so_far",))
